@@ -1,0 +1,548 @@
+"""The configuration of a run: frozen dataclasses, their files, and what a run leaves open.
+
+Only the standard library is imported here, so that a command line is parsed and a plan is made
+without loading JAX. Conventions: a field's unit is in its name; 0 turns an optional effect off;
+`None` means *derived from other fields*, and the field's doc says from which. `resolve` fills
+every `None`, and a saved configuration has none left.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from gptjax.errors import UserError
+
+VOCAB_MULTIPLE = 128  # tensor cores and shardings like a head whose width this divides
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_range(section: str, values: Any, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        if value is not None and not low <= value <= high:
+            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise UserError(f"{section}.{name} is {value:g}, but must be {bound}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the Transformer, and how it is computed."""
+
+    num_layers: int = 12
+    """Transformer blocks."""
+    model_dim: int = 768
+    """Width of the residual stream."""
+    num_heads: int = 12
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads: fewer than num_heads is grouped-query attention. None: num_heads."""
+    head_dim: int | None = None
+    """Width of one head. None: model_dim / num_heads."""
+    ffn_dim: int | None = None
+    """Width of the feed-forward layer. None: 4 model_dim; gated ones 8/3 model_dim, rounded up to 128."""
+    context_length: int = 1024
+    """Longest sequence trained on, in tokens."""
+    vocab_size: int | None = None
+    """Tokens the model knows. None: the tokenizer's."""
+
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalization of the residual stream."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Before each sublayer (GPT-2 and later), or after its residual addition (GPT-1)."""
+    norm_bias: bool = True
+    """Whether LayerNorm has a bias."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance before the square root."""
+    positions: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
+    """How the model knows the order of tokens."""
+    rope_base: float = 10_000.0
+    """Base of the rotary wavelengths."""
+    rope_fraction: float = 1.0
+    """Share of each head that is rotated."""
+    feed_forward: Literal["relu", "gelu_tanh", "gelu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
+    """Activation of the feed-forward layer; swiglu and geglu are gated."""
+    attention_pattern: tuple[Literal["dense", "local"], ...] = ("dense",)
+    """Repeated over the layers; a local layer sees only the last attention_window tokens."""
+    attention_window: int = 256
+    """Tokens that a local layer sees, its own included."""
+    qk_norm: bool = False
+    """RMS-normalize each query and key head."""
+    attention_softcap: float = 0.0
+    """Attention logits are bounded to ± this by tanh. 0: off."""
+    logit_softcap: float = 0.0
+    """Output logits are bounded to ± this by tanh. 0: off."""
+    bias: bool = True
+    """Whether the linear layers of the blocks have biases."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output head."""
+    head_bias: bool = False
+    """Whether the output head has a bias."""
+    scale_embedding: bool = False
+    """Multiply token embeddings by sqrt(model_dim), as the original Transformer does."""
+    embedding_dropout: float = 0.0
+    """Dropout after the embeddings."""
+    attention_dropout: float = 0.0
+    """Dropout of attention weights."""
+    residual_dropout: float = 0.0
+    """Dropout of each sublayer's output."""
+    initializer_std: float = 0.02
+    """Standard deviation of initial weights; residual projections get it over sqrt(2 num_layers)."""
+
+    scan_layers: bool = False
+    """Compile one block and loop over layers (quick to compile) instead of unrolling them (quick to run)."""
+    remat: Literal["none", "full", "save_dots"] = "none"
+    """What the backward pass recomputes: nothing, whole blocks, or all but matrix products."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of activations; parameters are always float32. None: float32 on CPU, else bfloat16."""
+
+    def __post_init__(self):
+        _require_range(
+            "model",
+            self,
+            1,
+            math.inf,
+            *("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"),
+            *("context_length", "vocab_size", "attention_window"),
+        )
+        _require_range("model", self, 0, math.inf, "attention_softcap", "logit_softcap", "initializer_std")
+        _require_range("model", self, 0, 1, "rope_fraction")
+        _require_range("model", self, 0, 0.99, "embedding_dropout", "attention_dropout", "residual_dropout")
+        if self.head_dim is None:
+            divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
+            nearest = min(divisors, key=lambda n: (abs(n - self.num_heads), n))
+            _require(
+                self.model_dim % self.num_heads == 0,
+                f"model.model_dim {self.model_dim} is not divisible by model.num_heads {self.num_heads}; "
+                f"the nearest number of heads that works is {nearest}",
+            )
+        if self.num_kv_heads is not None:
+            _require(
+                self.num_heads % self.num_kv_heads == 0,
+                f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}",
+            )
+        _require(len(self.attention_pattern) > 0, "model.attention_pattern is empty; the usual one is dense")
+        if self.positions == "rope":
+            _require(
+                self.rotary_dim % 2 == 0,
+                f"model.rope_fraction {self.rope_fraction:g} of head_dim {self.resolved_head_dim} rotates "
+                f"{self.rotary_dim} dimensions, which must be an even number",
+            )
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.model_dim // self.num_heads
+
+    @property
+    def resolved_num_kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer multiplies two projections (Shazeer 2020)."""
+        return self.feed_forward in ("swiglu", "geglu")
+
+    @property
+    def resolved_ffn_dim(self) -> int:
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return 128 * math.ceil(self.model_dim * 8 / 3 / 128) if self.gated else 4 * self.model_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that RoPE rotates."""
+        return int(self.resolved_head_dim * self.rope_fraction)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Columns of the output head: vocab_size rounded up to a multiple of 128."""
+        _require(self.vocab_size is not None, "model.vocab_size is not known before the tokenizer is")
+        return VOCAB_MULTIPLE * math.ceil(self.vocab_size / VOCAB_MULTIPLE)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """For each layer the number of tokens it sees, or None where it sees them all."""
+        pattern = [self.attention_window if kind == "local" else None for kind in self.attention_pattern]
+        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes token ids."""
+
+    kind: Literal["bpe", "byte", "char"] = "bpe"
+    """bpe: byte-level byte-pair encoding trained on the data; byte: UTF-8 bytes; char: the data's characters."""
+    vocab_size: int = 8192
+    """Tokens of a bpe tokenizer, special ones included."""
+
+    def __post_init__(self):
+        low = 256 + 16  # every byte and the reserved special tokens
+        _require_range("tokenizer", self, low, 2**24, "vocab_size")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    path: tuple[str, ...] = ("stdlib://",)
+    """Files, folders, globs or prepared folders. stdlib:// is the source code of Python's standard library."""
+    text_field: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A file or line that cannot be read stops the run, or is counted and skipped."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out."""
+    split: Literal["auto", "hash", "position"] = "auto"
+    """Which documents are held out: by hash of their text, or the last ones. auto: position below 100 documents."""
+    prepared_dir: str = "data"
+    """Folder under which token shards are kept, and found again when nothing changed."""
+
+    def __post_init__(self):
+        if isinstance(self.path, str):  # one path is the common case in a configuration file
+            object.__setattr__(self, "path", (self.path,))
+        _require(len(self.path) > 0, "data.path is empty; give a file, a folder or a glob")
+        _require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction is {self.validation_fraction:g}, but must lie between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged. The product of the axes is the number of devices."""
+
+    data: int | None = None
+    """Copies of the model that share a batch. None: the devices that the other axes leave over."""
+    fsdp: int = 1
+    """Devices that share a batch and split parameters and optimizer state between them."""
+    tensor: int = 1
+    """Devices that split heads, feed-forward width and vocabulary between them."""
+
+    def __post_init__(self):
+        _require_range("mesh", self, 1, math.inf, "data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    peak_learning_rate: float = 6e-4
+    """Learning rate after warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after warm-up; wsd is constant, then linear over the last wsd_decay_fraction."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    warmup_tokens: int = 0
+    """Tokens of linear warm-up, instead of warmup_steps."""
+    decay_steps: int | None = None
+    """Step at which the schedule reaches its end. None: training.steps."""
+    decay_tokens: int = 0
+    """Tokens at which the schedule reaches its end, instead of decay_steps."""
+    final_learning_rate_fraction: float = 0.1
+    """Learning rate at the schedule's end, as a share of the peak."""
+    wsd_decay_fraction: float = 0.2
+    """Share of the schedule over which wsd decays."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which the gradient is scaled down. 0: off."""
+
+    def __post_init__(self):
+        _require_range(
+            "optimizer",
+            self,
+            0,
+            math.inf,
+            *("peak_learning_rate", "warmup_steps", "warmup_tokens", "decay_steps", "decay_tokens"),
+            *("epsilon", "weight_decay", "clip_norm"),
+        )
+        _require_range("optimizer", self, 0, 1, "final_learning_rate_fraction", "wsd_decay_fraction")
+        _require_range("optimizer", self, 0, 0.999999, "beta1", "beta2")
+        _require(
+            not (self.warmup_steps and self.warmup_tokens),
+            f"optimizer.warmup_steps {self.warmup_steps} and optimizer.warmup_tokens {self.warmup_tokens} "
+            "are both set; give one",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Sequences of an optimizer step, over all devices."""
+    micro_batch_size: int | None = None
+    """Sequences computed at once, over all devices; gradients accumulate up to batch_size. None: batch_size."""
+    batch_ramp_start: int | None = None
+    """Sequences of the first steps, growing linearly to batch_size. None: batch_size (no ramp)."""
+    batch_ramp_tokens: int = 0
+    """Tokens over which the batch grows."""
+    z_loss: float = 0.0
+    """Weight of log²Z, which keeps logits near zero (PaLM used 1e-4)."""
+    seed: int = 0
+    """Seed of initialization, dropout and the order of the data."""
+    log_every_steps: int = 10
+    """Steps between lines of metrics."""
+    eval_every_steps: int = 250
+    """Steps between evaluations. 0: only at the end."""
+    eval_sequences: int = 0
+    """Sequences of the validation set that an evaluation reads, from its start. 0: all."""
+    sample_every_steps: int = 250
+    """Steps between generated samples. 0: only at the end."""
+    sample_prompt: str = "\n"
+    """What the samples continue."""
+    sample_tokens: int = 120
+    """Tokens of a sample."""
+    steps_per_dispatch: int = 1
+    """Optimizer steps handed to the device at once; more helps when a step takes about a millisecond."""
+    deterministic: bool = False
+    """Ask the GPU for bit-reproducible kernels, at some cost in speed. CPU runs always are."""
+
+    def __post_init__(self):
+        _require_range(
+            "training",
+            self,
+            1,
+            math.inf,
+            *("steps", "batch_size", "micro_batch_size", "batch_ramp_start"),
+            *("log_every_steps", "steps_per_dispatch", "sample_tokens"),
+        )
+        _require_range(
+            "training",
+            self,
+            0,
+            math.inf,
+            *("batch_ramp_tokens", "z_loss", "eval_every_steps", "eval_sequences", "sample_every_steps"),
+        )
+        _require_range("training", self, 0, 2**31 - 1, "seed")
+        micro = self.resolved_micro_batch_size
+        for name in ("batch_size", "batch_ramp_start"):
+            size = getattr(self, name)
+            if size is not None and size % micro:
+                raise UserError(
+                    f"training.{name} {size} is not a multiple of training.micro_batch_size {micro}; "
+                    f"the nearest is {max(1, round(size / micro)) * micro}"
+                )
+        start = self.resolved_batch_ramp_start
+        _require(
+            start <= self.batch_size,
+            f"training.batch_ramp_start {start} is larger than training.batch_size {self.batch_size}",
+        )
+        _require(
+            start == self.batch_size or self.batch_ramp_tokens > 0,
+            f"training.batch_ramp_start {start} needs training.batch_ramp_tokens, which is 0",
+        )
+
+    @property
+    def resolved_micro_batch_size(self) -> int:
+        return self.micro_batch_size or self.batch_size
+
+    @property
+    def resolved_batch_ramp_start(self) -> int:
+        return self.batch_ramp_start or self.batch_size
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every_steps: int = 250
+    """Steps between checkpoints. 0: only at the end or when told to stop."""
+    keep_newest: int = 1
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Checkpoints of the lowest validation loss kept."""
+
+    def __post_init__(self):
+        _require_range("checkpoint", self, 0, math.inf, "every_steps", "keep_best")
+        _require_range("checkpoint", self, 1, math.inf, "keep_newest")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. A configuration file assigns one to `config`."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run_dir: str | None = None
+    """Folder of the run. None: the next free name under runs/, after the configuration file."""
+
+
+class _Device(Protocol):
+    platform: str
+
+
+class _Tokenizer(Protocol):
+    vocab_size: int
+
+
+def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer) -> Config:
+    """Fill every derived field from the devices and the tokenizer, and check that all of it fits.
+
+    Raises:
+        UserError: the mesh does not divide the devices, heads or batch, or the tokenizer has another
+            vocabulary than the model.
+    """
+    model, training = config.model, config.training
+    if model.vocab_size is not None and model.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
+            "leave model.vocab_size out to use the tokenizer's"
+        )
+    model = dataclasses.replace(
+        model,
+        num_kv_heads=model.resolved_num_kv_heads,
+        head_dim=model.resolved_head_dim,
+        ffn_dim=model.resolved_ffn_dim,
+        vocab_size=tokenizer.vocab_size,
+        compute_dtype=model.compute_dtype or default_compute_dtype(devices[0].platform),
+    )
+    optimizer = config.optimizer
+    if optimizer.decay_steps is None:
+        optimizer = dataclasses.replace(optimizer, decay_steps=training.steps)
+    training = dataclasses.replace(
+        training,
+        micro_batch_size=training.resolved_micro_batch_size,
+        batch_ramp_start=training.resolved_batch_ramp_start,
+    )
+    _require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.runs.next_run_dir")
+    return dataclasses.replace(
+        config,
+        model=model,
+        mesh=resolve_mesh(config.mesh, len(devices), model, training),
+        optimizer=optimizer,
+        training=training,
+    )
+
+
+def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the hardware has it: XLA's CPU backend mostly widens it to float32 and back."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def resolve_mesh(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig) -> MeshConfig:
+    """Fill `mesh.data` and check that the mesh divides devices, batch, heads and widths."""
+    others = mesh.fsdp * mesh.tensor
+    data = mesh.data or max(1, num_devices // others)
+    _require(
+        data * others == num_devices,
+        f"mesh data {data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} = {data * others}, but there are "
+        f"{num_devices} devices; each axis must divide {num_devices}, and their product be {num_devices}",
+    )
+    shards = data * mesh.fsdp
+    micro = training.resolved_micro_batch_size
+    _require(
+        micro % shards == 0,
+        f"a batch of {micro} sequences does not divide over mesh data {data} × fsdp {mesh.fsdp} = {shards} devices; "
+        f"the nearest training.{'micro_batch_size' if training.micro_batch_size else 'batch_size'} that works is "
+        f"{max(1, round(micro / shards)) * shards}",
+    )
+    _require_divides("fsdp", mesh.fsdp, "model_dim", model.model_dim)
+    for name, size in (
+        ("num_heads", model.num_heads),
+        ("num_kv_heads", model.resolved_num_kv_heads),
+        ("ffn_dim", model.resolved_ffn_dim),
+        ("padded vocab_size", model.padded_vocab_size),
+    ):
+        _require_divides("tensor", mesh.tensor, name, size)
+    return dataclasses.replace(mesh, data=data)
+
+
+def _require_divides(axis: str, devices: int, name: str, size: int) -> None:
+    if size % devices:
+        works = max(n for n in range(1, devices) if size % n == 0)
+        raise UserError(f"mesh.{axis} {devices} does not divide {name} {size}; the nearest that does is {works}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain data, tuples as lists, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -> Any:
+    """The inverse of `to_dict`; fields left out get their defaults.
+
+    Raises:
+        UserError: a key that is no field, with the nearest one that is.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            raise UserError(f"{where}{name} is not a field of the configuration{hint}")
+        if dataclasses.is_dataclass(fields[name].type):
+            value = from_dict(value, fields[name].type, f"{where}{name}.")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def load_config(path: str | os.PathLike) -> Config:
+    """Read a configuration from a Python file that assigns `config`, or from a run's `config.json`.
+
+    Raises:
+        UserError: the file is missing, or holds no configuration.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return from_dict({k: v for k, v in values.items() if k != "environment"})
+    _require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
+    config = runpy.run_path(str(path)).get("config")
+    _require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`")
+    return config
+
+
+def _nearest_file(path: Path) -> str:
+    known = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, known, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configurations differ, as `{"section.field": (old, new)}`."""
+
+    def leaves(config: Config) -> dict[str, Any]:
+        flat = {}
+        for name, value in to_dict(config).items():
+            flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        return flat
+
+    before, after = leaves(old), leaves(new)
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def replace_fields(config: Config, fields: Mapping[str, Any]) -> Config:
+    """A copy with `{"section.field": value}` set, validated once, after all of them are set."""
+    values = to_dict(config)
+    for name, value in fields.items():
+        *sections, leaf = name.split(".")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[leaf] = value
+    return from_dict(values)

@@ -1,0 +1,163 @@
+"""Attention behind one function, and the layer that calls it.
+
+Shape suffixes: B batch, T query tokens, S key/value tokens, D model, N query heads, K key/value
+heads, G query heads per key/value head, H head dimension.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import ModelConfig
+from gptjax.model.layers import Linear, Norm, dropout, rotate, softcap
+from gptjax.parallel import sharding
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, one slot per token, filled from the front."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    keep_BNTS: jax.Array | None = None,
+) -> jax.Array:
+    """Causal softmax(q kᵀ · scale) v (Vaswani et al. 2017), with grouped key/value heads where K < N.
+
+    A query sees the keys whose position is at most its own; masks come from positions alone, so that a
+    cache may hold its tokens in any slots. Runs under `shard_map`, so that a kernel sees local arrays.
+
+    Args:
+        q_positions: (B, T) position of each query.
+        kv_positions: (B, S) position of each key; a slot that holds nothing has a position after every query's.
+        segment_ids: (B, T) document of each token, for self-attention (S = T); only keys of the query's own are seen.
+        window: tokens that are seen, the query's own included; None: all.
+        softcap: bound of the attention logits; 0: none.
+        scale: factor of the logits; None: 1/sqrt(H).
+        keep_BNTS: dropout mask that already carries its 1/(1 - rate).
+
+    Returns:
+        (B, T, N, H), of q's type and sharding.
+    """
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    kernel = functools.partial(_xla_attention, window=window, cap=softcap, scale=scale)
+    if not sharding.has_mesh():
+        return kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS)
+    rows = sharding.spec("batch", "sequence")
+    heads = sharding.spec("batch", "sequence", "heads", "head_dim")
+    kv_heads = sharding.spec("batch", "sequence", "kv_heads", "head_dim")
+    in_specs = (
+        *(heads, kv_heads, kv_heads, rows, rows),
+        P() if segment_ids is None else rows,
+        P() if keep_BNTS is None else sharding.spec("batch", "heads", "sequence", "sequence"),
+    )
+    # check_vma=False: jax 0.10.1 cannot check kernels whose output types carry no varying axes.
+    local = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return local(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS)
+
+
+def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS, *, window, cap, scale):
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    G = N // K
+    # The queries of a group are laid side by side: a gradient that contracts (G, T) at once is slow on CPU.
+    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
+    logits = jnp.einsum("bkxh,bksh->bkxs", q_BKXH * scale, k_BKSH, preferred_element_type=jnp.float32)
+    logits = softcap(logits, cap).reshape(B, K, G, T, S)
+    ahead_BTS = q_positions[:, :, None] - kv_positions[:, None, :]
+    seen_BTS = ahead_BTS >= 0
+    if window is not None:
+        seen_BTS &= ahead_BTS < window
+    if segment_ids is not None:
+        seen_BTS &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], logits, -jnp.inf), axis=-1)
+    if keep_BNTS is not None:
+        weights = weights * keep_BNTS.reshape(B, K, G, T, S)
+    weights_BKXS = weights.reshape(B, K, G * T, S).astype(q_BTNH.dtype)
+    out_BKXH = jnp.einsum("bkxs,bksh->bkxh", weights_BKXS, v_BKSH)
+    return out_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate query, key and value projections."""
+
+    config: ModelConfig
+    window: int | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions: jax.Array,
+        kv_positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        slot: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attend within `x`, or to the cache after writing x's keys and values from `slot` on."""
+        c = self.config
+        B, T, D = x_BTD.shape
+        H = c.resolved_head_dim
+
+        def project(name: str, num_heads: int, axis: str) -> jax.Array:
+            y = Linear(num_heads * H, ("embed", axis), c.bias, c.initializer_std, name=name)(x_BTD)
+            out_sharding = sharding.spec("batch", "sequence", axis, "head_dim")
+            return jnp.reshape(y, (B, T, num_heads, H), out_sharding=out_sharding)
+
+        q_BTNH = project("q", c.num_heads, "heads")
+        k_BTKH = project("k", c.resolved_num_kv_heads, "kv_heads")
+        v_BTKH = project("v", c.resolved_num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            q_BTNH = Norm("rmsnorm", c.norm_epsilon, axis="head_dim", name="q_norm")(q_BTNH)
+            k_BTKH = Norm("rmsnorm", c.norm_epsilon, axis="head_dim", name="k_norm")(k_BTKH)
+        if c.positions == "rope":
+            q_BTNH = rotate(q_BTNH, positions, c.rope_base, c.rotary_dim)
+            k_BTKH = rotate(k_BTKH, positions, c.rope_base, c.rotary_dim)
+        if cache is not None:
+            cache = LayerCache(*(write_slots(old, new, slot) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
+            k_BTKH, v_BTKH = cache
+        out_BTNH = attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            q_positions=positions,
+            kv_positions=kv_positions,
+            segment_ids=segment_ids,
+            window=self.window,
+            softcap=c.attention_softcap,
+            keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),
+        )
+        out_BTF = jnp.reshape(out_BTNH, (B, T, c.num_heads * H), out_sharding=sharding.spec("batch", "sequence", "heads"))
+        residual_std = c.initializer_std * (2 * c.num_layers) ** -0.5
+        return Linear(D, ("heads", "embed"), c.bias, residual_std, name="out")(out_BTF), cache
+
+    def _dropout_mask(self, q_BTNH: jax.Array, S: int, key: jax.Array | None) -> jax.Array | None:
+        rate = self.config.attention_dropout
+        if key is None or rate == 0.0:
+            return None
+        B, T, N, _ = q_BTNH.shape
+        ones_BNTS = jnp.ones((B, N, T, S), q_BTNH.dtype)
+        return dropout(sharding.reshard(ones_BNTS, "batch", "heads", "sequence", "sequence"), rate, key)
+
+
+def write_slots(old_BS: jax.Array, new_BT: jax.Array, slot: jax.Array) -> jax.Array:
+    """`old` with `new` written along the second dimension from `slot` on."""
+    return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BT.astype(old_BS.dtype), slot, axis=1)

@@ -1,0 +1,263 @@
+"""The GPT: one definition for every family, stage and form of computation.
+
+Parameters of the blocks are stacked along a leading layer dimension, whether the layers are looped
+over or unrolled: a checkpoint has one form, and how layers are run is decided at run time.
+
+Shape suffixes: B batch, T tokens, D model, V padded vocabulary, L layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.model.attention import Attention, LayerCache, write_slots
+from gptjax.model.cache import Cache
+from gptjax.model.layers import FeedForward, Norm, add_bias, constant, dropout, matmul, normal, sinusoid, softcap
+from gptjax.parallel import sharding
+
+Params = Any
+"""A plain dictionary of arrays: `embedding`, `positions`, `blocks`, `final_norm`, `head`, as the switches ask."""
+
+REMAT_POLICIES = {"full": None, "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with a residual connection and a norm before or after it."""
+
+    config: ModelConfig
+    window: int | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        positions: jax.Array,
+        kv_positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        slot: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        c = self.config
+        keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
+
+        def attend(x):
+            return Attention(c, self.window, name="attention")(
+                x,
+                positions=positions,
+                kv_positions=kv_positions,
+                segment_ids=segment_ids,
+                cache=cache,
+                slot=slot,
+                dropout_key=keys[0],
+            )
+
+        feed_forward = FeedForward(
+            ffn_dim=c.resolved_ffn_dim,
+            activation=c.feed_forward,
+            gated=c.gated,
+            bias=c.bias,
+            init_std=c.initializer_std,
+            residual_std=c.initializer_std * (2 * c.num_layers) ** -0.5,
+            name="feed_forward",
+        )
+        attention_norm = make_norm(c, "attention_norm")
+        feed_forward_norm = make_norm(c, "feed_forward_norm")
+        if c.norm_position == "pre":
+            y, cache = attend(attention_norm(x_BTD))
+            x_BTD = x_BTD + dropout(y, c.residual_dropout, keys[1])
+            y = feed_forward(feed_forward_norm(x_BTD))
+            return x_BTD + dropout(y, c.residual_dropout, keys[2]), cache
+        y, cache = attend(x_BTD)
+        x_BTD = attention_norm(x_BTD + dropout(y, c.residual_dropout, keys[1]))
+        return feed_forward_norm(x_BTD + dropout(feed_forward(x_BTD), c.residual_dropout, keys[2])), cache
+
+
+def make_norm(config: ModelConfig, name: str) -> Norm:
+    return Norm(config.norm, config.norm_epsilon, config.norm_bias, name=name)
+
+
+class GPT(nn.Module):
+    """The causal Transformer. `GPT(config).init(key, tokens)["params"]`, `GPT(config).apply({"params": params}, ...)`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+        dropout_key: jax.Array | None = None,
+        select_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Logits of the token after each token.
+
+        Args:
+            tokens_BT: token ids, int32.
+            positions: (B, T) position of each token; counted from 0 by default.
+            segment_ids: (B, T) document of each token; tokens see only their own. Not with a cache.
+            cache: keys and values of earlier tokens, which are seen, too; this call's are written after them.
+            dropout_key: draws the dropout; without one there is none.
+            select_B: one index into T per row: logits of just that token, as a prefill needs.
+
+        Returns:
+            Logits in the compute type, (B, T, V) or (B, 1, V), those of padding columns -inf; and the
+            cache with this call's tokens in it.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.compute_dtype)
+        if positions is None:
+            positions = jax.lax.broadcasted_iota(
+                jnp.int32, tokens_BT.shape, 1, out_sharding=sharding.spec("batch", "sequence")
+            )
+        embedding_VD = self.param(
+            "embedding", normal(c.initializer_std, "vocab", "embed"), (c.padded_vocab_size, c.model_dim)
+        )
+        x_BTD = self._embed(embedding_VD, tokens_BT, positions).astype(dtype)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x_BTD = dropout(x_BTD, c.embedding_dropout, keys[0])
+
+        blocks = self.param("blocks", self._init_blocks, x_BTD, positions)
+        if cache is None:
+            x_BTD = apply_blocks(c, blocks, x_BTD, positions, segment_ids, keys[1])
+        else:
+            x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache)
+        if c.norm_position == "pre":
+            x_BTD = make_norm(c, "final_norm")(x_BTD)
+        if select_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, select_B[:, None, None], axis=1)
+
+        head_VD = embedding_VD
+        if not c.tie_embeddings:
+            head_VD = self.param("head", normal(c.initializer_std, "vocab", "embed"), embedding_VD.shape)
+        head_VD = sharding.gather(head_VD.astype(dtype), "vocab", "embed")
+        logits_BTV = matmul(x_BTD, head_VD.T, "vocab")
+        if c.head_bias:
+            bias_V = self.param("head_bias", constant(0.0, "vocab"), (c.padded_vocab_size,))
+            logits_BTV = add_bias(logits_BTV, bias_V)
+        logits_BTV = softcap(logits_BTV, c.logit_softcap)
+        return mask_padding(logits_BTV, c.vocab_size), cache
+
+    def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
+        # Rows are looked up in float32, so that their gradient is summed in float32: bfloat16 would
+        # lose the small contributions to frequent tokens, and is 20 times slower on GPUs (xla#26371).
+        c = self.config
+        out_sharding = sharding.spec("batch", "sequence", "features")
+        x_BTD = sharding.gather(embedding_VD, "vocab", "embed").at[tokens_BT].get(out_sharding=out_sharding)
+        if c.scale_embedding:
+            x_BTD = x_BTD * c.model_dim**0.5
+        if c.positions == "learned":
+            table_TD = self.param(
+                "positions", normal(c.initializer_std, "sequence", "embed"), (c.context_length, c.model_dim)
+            )
+            table_TD = sharding.gather(table_TD, "sequence", "embed")
+            x_BTD = x_BTD + table_TD.at[positions].get(out_sharding=out_sharding, mode="clip")
+        elif c.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoid(positions, c.model_dim)
+        return x_BTD
+
+    def _init_blocks(self, key: jax.Array, x_BTD: jax.Array, positions: jax.Array) -> Params:
+        block = Block(self.config, window=None, parent=None)
+
+        def init(key: jax.Array) -> Params:
+            return block.init(key, x_BTD, positions=positions, kv_positions=positions)["params"]
+
+        return jax.lax.map(init, jax.random.split(key, self.config.num_layers))
+
+
+def apply_blocks(
+    config: ModelConfig,
+    blocks: Params,
+    x_BTD: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    dropout_key: jax.Array | None,
+) -> jax.Array:
+    """Run all blocks, unrolled or by scanning over groups of one period of the window pattern."""
+    windows, L = config.layer_windows, config.num_layers
+    keys_L = None if dropout_key is None else jax.random.split(dropout_key, L)
+
+    def block(window: int | None) -> Callable[..., jax.Array]:
+        def apply(x_BTD, params, key):
+            y_BTD, _ = Block(config, window, parent=None).apply(
+                {"params": params},
+                x_BTD,
+                positions=positions,
+                kv_positions=positions,
+                segment_ids=segment_ids,
+                dropout_key=key,
+            )
+            return y_BTD
+
+        if config.remat == "none":
+            return apply
+        # Inside a scan nothing can be merged across iterations, so the barrier against it only costs.
+        return jax.checkpoint(apply, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+
+    period = len(config.attention_pattern)
+    scanned = L // period * period if config.scan_layers else 0
+    if scanned:
+
+        def group(x_BTD, layers):
+            params, keys = layers
+            for i in range(period):
+                x_BTD = block(windows[i])(x_BTD, layer(params, i), None if keys is None else keys[i])
+            return x_BTD, None
+
+        def grouped(w: jax.Array) -> jax.Array:
+            return w[:scanned].reshape(scanned // period, period, *w.shape[1:])
+
+        x_BTD, _ = jax.lax.scan(group, x_BTD, jax.tree.map(grouped, (blocks, keys_L)))
+    if scanned < L:
+        unrolled = unstack(blocks)
+        for i in range(scanned, L):
+            x_BTD = block(windows[i])(x_BTD, unrolled[i], None if keys_L is None else keys_L[i])
+    return x_BTD
+
+
+def apply_blocks_to_cache(
+    config: ModelConfig, blocks: Params, x_BTD: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Run all blocks, each on its layer's cache; always unrolled, so that each cache is updated in place."""
+    positions_BS = write_slots(cache.positions_BS, positions, cache.slot)
+    layers = []
+    for window, params, layer_cache in zip(config.layer_windows, unstack(blocks), cache.layers, strict=True):
+        x_BTD, layer_cache = Block(config, window, parent=None).apply(
+            {"params": params},
+            x_BTD,
+            positions=positions,
+            kv_positions=positions_BS,
+            cache=layer_cache,
+            slot=cache.slot,
+        )
+        layers.append(layer_cache)
+    return x_BTD, Cache(tuple(layers), positions_BS, cache.slot + positions.shape[1])
+
+
+def layer(blocks: Params, index: int) -> Params:
+    """Parameters of one layer out of the stack."""
+    return jax.tree.map(lambda w: w[index], blocks)
+
+
+def unstack(blocks: Params) -> list[Params]:
+    """Parameters of each layer out of the stack; the gradient is one concatenation, not L additions."""
+    leaves, tree = jax.tree.flatten(blocks)
+    return [jax.tree.unflatten(tree, layer_leaves) for layer_leaves in zip(*map(jnp.unstack, leaves), strict=True)]
+
+
+def mask_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
+    """Logits with those of the padding columns at -inf: never sampled, and without weight in the loss."""
+    if vocab_size == logits_BTV.shape[-1]:
+        return logits_BTV
+    column = jax.lax.broadcasted_iota(
+        jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1, out_sharding=jax.typeof(logits_BTV).sharding
+    )
+    return jnp.where(column < vocab_size, logits_BTV, -jnp.inf)
