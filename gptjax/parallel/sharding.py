@@ -5,12 +5,13 @@ one device) every function here does nothing.
 """
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 TABLE: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "sequence": None,
-    "layers": None,
+    "stack": None,  # leading dimensions: steps of a dispatch, accumulated micro-batches
     "embed": "fsdp",  # model_dim of a stored parameter; gathered when the parameter is used
     "features": None,  # model_dim of an activation, or of a gathered parameter
     "heads": "tensor",
@@ -47,3 +48,9 @@ def reshard(x: jax.Array, *axes: str) -> jax.Array:
 def gather(parameter: jax.Array, *axes: str) -> jax.Array:
     """A parameter as it is used: whole along `embed`, along which `fsdp` stores it in pieces."""
     return reshard(parameter, *("features" if axis == "embed" else axis for axis in axes))
+
+
+def put_batch(tokens: np.ndarray) -> jax.Array:
+    """Token ids (..., B, T) from the host, with B split over the batch axes of the current mesh."""
+    target = spec(*["stack"] * (tokens.ndim - 2), "batch", "sequence")
+    return jax.device_put(tokens, None if target is None else jax.NamedSharding(jax.sharding.get_mesh(), target))

@@ -1,0 +1,157 @@
+"""From a command line to a configuration, before JAX is imported; and from errors to exit codes."""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from gptjax.config import Config, DataConfig, TokenizerConfig, load_config
+from gptjax.errors import UserError
+from gptjax.sampling.config import SamplingConfig
+
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: schedulers requeue
+EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run an entry point on `sys.argv`; an error that the user can mend is one line and exit status 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str]:
+    """Read `[CONFIG.py | RUN] [--section.field value ...]`.
+
+    Returns:
+        The configuration, with fields that the user left open still None, and the name that a new run
+        is called after.
+
+    Raises:
+        UserError: the file or folder is missing or holds no configuration.
+        SystemExit: tyro's, for `--help` (0) and for unknown or malformed options (2).
+    """
+    import tyro
+
+    arguments = list(arguments)
+    target = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else default
+    if target.is_dir():
+        if not (target / "config.json").is_file():
+            raise UserError(f"{target} is a folder without config.json, so no run; give a run or a configuration file")
+        config = load_config(target / "config.json")
+        # Devices may have changed since, so the mesh is fitted to them again.
+        config = dataclasses.replace(
+            config, run_dir=str(target), mesh=dataclasses.replace(config.mesh, data=None)
+        )
+    else:
+        config = load_config(target)
+    config = tyro.cli(
+        Config,
+        default=config,
+        args=arguments,
+        prog="train.py [CONFIG.py | RUN]",
+        description=f"Train a GPT. Defaults are those of {target}; a run's folder continues that run.",
+    )
+    return config, target.stem
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """What `sample.py` was asked for."""
+
+    prompt: tuple[str, ...] = ("\n",)
+    """Text to continue; several make a batch."""
+    num_samples: int = 1
+    """Texts per prompt, each with its own random draws."""
+    step: str = "last"
+    """Checkpoint to use: last, best, or a step's number."""
+    json: str | None = None
+    """File for one JSON object per text; - is standard output. None: plain text."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise UserError(f"num_samples is {self.num_samples}, but must be at least 1")
+
+
+def parse_sample(arguments: Sequence[str]) -> tuple[Path, SampleArguments]:
+    """Read `RUN [--prompt TEXT ...] [--temperature ...]`.
+
+    Raises:
+        UserError: no run was named.
+        SystemExit: tyro's, as for `parse_train`.
+    """
+    import tyro
+
+    arguments = list(arguments)
+    run = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    parsed = tyro.cli(
+        tyro.conf.OmitArgPrefixes[SampleArguments],
+        args=arguments,
+        prog="sample.py RUN",
+        description="Generate text with a trained run.",
+    )
+    if run is None:
+        raise UserError("no run given; write: python sample.py RUN --prompt TEXT")
+    return Path(run), parsed
+
+
+@dataclass(frozen=True)
+class PrepareArguments:
+    """What `python -m gptjax prepare` was asked for."""
+
+    out: str | None = None
+    """Folder for shards, index and tokenizer. None: the one under data.prepared_dir where train.py looks."""
+    json: str | None = None
+    """File for the folder and its index as one JSON object; - is standard output. None: none."""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+def parse_prepare(arguments: Sequence[str]) -> PrepareArguments:
+    """Read `SOURCE ... [--out DIR] [--data.field value ...] [--tokenizer.field value ...]`.
+
+    Raises:
+        SystemExit: tyro's, as for `parse_train`.
+    """
+    import tyro
+
+    sources = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    data = DataConfig(path=tuple(sources)) if sources else DataConfig()
+    return tyro.cli(
+        PrepareArguments,
+        default=PrepareArguments(data=data),
+        args=arguments[len(sources) :],
+        prog="python -m gptjax prepare SOURCE ...",
+        description="Turn text into token shards that train.py --data.path opens.",
+    )
+
+
+@contextlib.contextmanager
+def open_output(path: str) -> Iterator[TextIO]:
+    """The file that `--json` names, or standard output for `-`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path == "-":
+        yield sys.stdout
+        return
+    try:
+        file = Path(path).open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from None
+    with file:
+        yield file
+
+
+def print_to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,227 @@
+"""Prepared data on disk: memory-mapped token shards, their `index.json`, and `tokenizer.json`.
+
+Shards are plain little-endian uint16 or uint32 ids, one after the other, an end-of-text token after
+each document.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptjax.data.splits import SPLITS, SplitName
+from gptjax.errors import UserError
+from gptjax.text.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+INDEX_FILE = "index.json"
+TOKENIZER_FILE = "tokenizer.json"
+MAX_SHARD_TOKENS = 2**27
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """What a split holds: its documents, tokens (one end-of-text for each document), and their text's UTF-8 bytes."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `index.json` says: where the tokens come from, and how many they are."""
+
+    format_version: int
+    dtype: str
+    """NumPy's name of the shards' type: "<u2" or "<u4"."""
+    fingerprint: str
+    """sha256 of the sources and of every setting that decides the tokens."""
+    tokenizer_fingerprint: str
+    sources: tuple[str, ...]
+    split_rule: str
+    split_reason: str
+    skipped: dict[str, int]
+    """Files and lines left out, by reason."""
+    splits: dict[SplitName, SplitIndex]
+
+    @property
+    def content_fingerprint(self) -> str:
+        """sha256 of the tokens themselves, whatever files they came from and when those were touched."""
+        shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
+        return hashlib.sha256(json.dumps([self.tokenizer_fingerprint, shards], sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        (folder / INDEX_FILE).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Index":
+        """
+        Raises:
+            UserError: there is no index, or none of this format.
+        """
+        path = folder / INDEX_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values["format_version"]
+            if version != FORMAT_VERSION:
+                raise UserError(
+                    f"{path} has format {version}, this gptjax reads {FORMAT_VERSION}; prepare the data again"
+                )
+            splits = {name: _split_from_dict(values["splits"][name]) for name in SPLITS}
+            return cls(**values | {"sources": tuple(values["sources"]), "splits": splits})
+        except OSError as error:
+            raise UserError(f"{folder} is no prepared data: {INDEX_FILE}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no index of prepared data ({error!r}); prepare the data again") from error
+
+
+class TokenArray:
+    """The tokens of all shards of a split as one array that can be sliced; nothing is read before it is used."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self._shards = shards
+        self._starts = [0, *itertools.accumulate(len(shard) for shard in shards)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, key: slice) -> np.ndarray:
+        """`[start:stop]` as a one-dimensional array of the shards' type; a view where one shard holds it all."""
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise ValueError(f"a TokenArray has slices of step 1, not {step}")
+        first = max(0, bisect.bisect_right(self._starts, start, hi=len(self._shards)) - 1)
+        last = max(first + 1, bisect.bisect_left(self._starts, stop, hi=len(self._shards)))
+        pieces = [
+            shard[max(0, start - offset) : max(0, stop - offset)]
+            for shard, offset in zip(self._shards[first:last], self._starts[first:last], strict=True)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """An opened folder of prepared data."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    index: Index
+
+    def tokens(self, split: SplitName) -> TokenArray:
+        """All tokens of a split, memory-mapped."""
+        return TokenArray(
+            [
+                np.memmap(self.folder / shard.file, self.index.dtype, mode="r")
+                for shard in self.index.splits[split].shards
+            ]
+        )
+
+
+class ShardWriter:
+    """Writes the shards of one split, hashing what it writes. Use it in a `with` statement."""
+
+    def __init__(self, folder: Path, split: SplitName, dtype: str, max_shard_tokens: int = MAX_SHARD_TOKENS):
+        self._folder, self._split, self._dtype, self._max = folder, split, dtype, max_shard_tokens
+        self._shards: list[Shard] = []
+        self._stream = self._open()
+        self._documents = self._bytes = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+
+    def write(self, ids: list[int]) -> None:
+        """Append token ids."""
+        left = np.asarray(ids, self._dtype)
+        while len(left):
+            if self._tokens == self._max:
+                self._close_shard()
+                self._stream = self._open()
+            now, left = np.split(left, [self._max - self._tokens])
+            raw = now.tobytes()
+            self._stream.write(raw)
+            self._digest.update(raw)
+            self._tokens += len(now)
+
+    def count(self, documents: int, utf8_bytes: int) -> None:
+        """Record how much text the tokens stand for."""
+        self._documents += documents
+        self._bytes += utf8_bytes
+
+    def finish(self) -> SplitIndex:
+        """Write the last shard to the disk itself, and say what was written."""
+        self._close_shard()
+        tokens = sum(shard.tokens for shard in self._shards)
+        return SplitIndex(self._documents, tokens, self._bytes, tuple(self._shards))
+
+    def _open(self):
+        self._file = f"{self._split}-{len(self._shards):05}.bin"
+        self._digest, self._tokens = hashlib.sha256(), 0
+        return (self._folder / self._file).open("wb")
+
+    def _close_shard(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._shards.append(Shard(self._file, self._tokens, self._digest.hexdigest()))
+
+
+def open_prepared(folder: str | os.PathLike, *, verify: bool = False) -> PreparedData:
+    """Open prepared data; `verify` also reads every shard and compares its sha256.
+
+    Raises:
+        UserError: a file is missing, of another size or content, or the tokenizer is another one.
+    """
+    folder = Path(folder)
+    index = Index.load(folder)
+    for shard in (shard for name in SPLITS for shard in index.splits[name].shards):
+        path = folder / shard.file
+        expected = shard.tokens * np.dtype(index.dtype).itemsize
+        actual = path.stat().st_size if path.is_file() else None
+        if actual != expected:
+            found = "is missing" if actual is None else f"has {actual} bytes"
+            raise UserError(
+                f"{path} {found}, but {INDEX_FILE} says {expected} bytes; delete {folder} and prepare it again"
+            )
+        if verify and _file_sha256(path) != shard.sha256:
+            raise UserError(
+                f"{path} was changed: its sha256 is not that of {INDEX_FILE}; delete {folder} and prepare it again"
+            )
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    if tokenizer.fingerprint != index.tokenizer_fingerprint:
+        raise UserError(f"{folder / TOKENIZER_FILE} is not the tokenizer that wrote the shards beside it")
+    return PreparedData(folder, tokenizer, index)
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest type that holds every id."""
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+def _split_from_dict(values: dict[str, Any]) -> SplitIndex:
+    return SplitIndex(**values | {"shards": tuple(Shard(**shard) for shard in values["shards"])})
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,91 @@
+"""What a model costs: parameters, floating-point operations and the device's peak, each with its formula."""
+
+from typing import NamedTuple
+
+from gptjax.config import ModelConfig
+
+PEAK_BF16_FLOPS: dict[str, float] = {
+    # Dense bfloat16 with float32 accumulation, from the vendors' data sheets, by JAX's exact `device_kind`.
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, without the padding of the vocabulary; `total` is their sum."""
+    D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
+    N, K, L, V = config.num_heads, config.resolved_num_kv_heads, config.num_layers, config.vocab_size
+    bias = int(config.bias)
+    norm = D * (2 if config.norm == "layernorm" and config.norm_bias else 1)
+    up = 2 if config.gated else 1
+    attention = 2 * D * N * H + 2 * D * K * H + bias * (N * H + 2 * K * H + D) + (2 * H if config.qk_norm else 0)
+    parts = {
+        "embedding": V * D,
+        "positions": config.context_length * D if config.positions == "learned" else 0,
+        "attention": L * attention,
+        "feed_forward": L * ((up + 1) * D * F + bias * (up * F + D)),
+        "norms": L * 2 * norm + (norm if config.norm_position == "pre" else 0),
+        "head": (0 if config.tie_embeddings else V * D) + (V if config.head_bias else 0),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+class FlopsPerToken(NamedTuple):
+    """Floating-point operations of one token's training step, forward and backward."""
+
+    matmuls: int
+    """6 per weight that is multiplied with (Kaplan et al. 2020): the head counts, the embedding look-up does not."""
+    attention: int
+    """12 · H · N per layer and key that a query could see without the causal mask: 12 L D T for dense attention."""
+    attention_causal: int
+    """The same with only the keys at or before the query: about half."""
+
+    @property
+    def total(self) -> int:
+        """What MFU means here and in nanoGPT and PaLM: the causal half is not subtracted."""
+        return self.matmuls + self.attention
+
+    @property
+    def total_causal(self) -> int:
+        """What an ideal kernel that skips masked keys computes."""
+        return self.matmuls + self.attention_causal
+
+
+def training_flops_per_token(config: ModelConfig, num_tokens: int | None = None) -> FlopsPerToken:
+    """FLOPs of a training step per token, for sequences of `num_tokens` (None: context_length).
+
+    Recomputation (remat) is not counted: model FLOPs are those the mathematics needs.
+    """
+    D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, num_tokens or config.context_length
+    N, K = config.num_heads, config.resolved_num_kv_heads
+    block = 2 * D * N * H + 2 * D * K * H + (3 if config.gated else 2) * D * F
+    weights = config.num_layers * block + config.vocab_size * D
+    full = causal = 0.0
+    for window in config.layer_windows:
+        seen = min(T, window or T)
+        full += seen
+        causal += (seen * (seen + 1) / 2 + (T - seen) * seen) / T  # mean over queries of min(position + 1, window)
+    return FlopsPerToken(6 * weights, round(12 * N * H * full), round(12 * N * H * causal))
+
+
+def peak_flops(device_kind: str, platform: str) -> float | None:
+    """Peak of one device for bfloat16 matrix products, or None where the table does not know it."""
+    return None if platform == "cpu" else PEAK_BF16_FLOPS.get(device_kind)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilization (PaLM, Chowdhery et al. 2022) as a fraction; None where the peak is unknown."""
+    return None if peak is None else tokens_per_second * flops_per_token / (num_devices * peak)

@@ -1,0 +1,33 @@
+"""Settings of JAX's backends, which must be made before the first array. Only entry points call these."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+DETERMINISTIC_GPU_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+"""Autotuning is off, too: it may choose another algorithm, with other rounding, in every process."""
+
+
+def configure(*, deterministic: bool = False) -> None:
+    """Quiet XLA, keep compiled programs between processes, and ask for reproducible kernels if wanted.
+
+    Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, or in the user's cache folder.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_dir()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_GPU_FLAGS}".strip()
+
+
+def _cache_dir() -> Path:
+    """One folder per kind of processor: XLA's CPU programs use the instructions of the one they were compiled on."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        processor = platform.processor()
+    kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:12]
+    return root / "gptjax" / f"xla-{kind}"

@@ -1,0 +1,51 @@
+"""How text is sampled. Only the standard library is imported, so that a command line is parsed without JAX."""
+
+import math
+from dataclasses import dataclass
+
+from gptjax.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What is drawn from the model's distribution, and when to stop."""
+
+    max_tokens: int = 200
+    """New tokens at most; the end of the model's context may come first."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 safer, above 1 wilder. 0: always the likeliest token (greedy)."""
+    top_k: int = 0
+    """Only the k likeliest tokens are drawn. 0: off."""
+    top_p: float = 1.0
+    """Only the fewest likeliest tokens whose probability reaches p are drawn (nucleus sampling). 1: off."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest are drawn. 0: off."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and of the text so far less likely when above 1. 1: off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    seed: int = 0
+    """The same seed draws the same text."""
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):  # one stop string is the common case
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, low, high in (
+            ("max_tokens", 1, 2**31 - 1),
+            ("temperature", 0, math.inf),
+            ("top_k", 0, 2**31 - 1),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("seed", 0, 2**31 - 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                bound = f"between {low} and {high}" if high == 1 else f"at least {low}"
+                raise UserError(f"{name} is {value}, but must be {bound}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty is {self.repetition_penalty}, but must be above 0; "
+                "1 is off, and 1.1 to 1.3 are usual"
+            )
+        if "" in self.stop:
+            raise UserError("a stop string is empty, and would end every text at once; leave it out")

@@ -1,0 +1,225 @@
+"""Text from a prompt, at once or as a stream: the host's side of decoding.
+
+Shape suffixes: B batch, T prompt tokens, V padded vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.model.gpt import Params
+from gptjax.parallel import sharding
+from gptjax.sampling.config import SamplingConfig
+from gptjax.sampling.decode import DecodeState, compute_copy, decode_n_tokens, prefill, row_keys, start_decoding
+from gptjax.sampling.detokenize import FinishReason, TextStream
+from gptjax.sampling.filters import filter_settings
+
+SMALLEST_BUCKET = 16
+"""Prompts are padded to a power of two of at least this many tokens, so that few lengths are compiled."""
+CHUNK_TOKENS = 32
+"""Tokens drawn between two looks at whether all rows are finished."""
+STREAM_CHUNK_TOKENS = 8
+"""The same where someone is reading along."""
+DEFAULT_SAMPLING = SamplingConfig()
+
+
+class Tokenizer(Protocol):
+    """What generation asks of a tokenizer."""
+
+    vocab_size: int
+    end_of_text_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def token_bytes(self) -> list[bytes]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a prompt was continued with."""
+
+    prompt: str
+    text: str
+    """New text only, without the stop string."""
+    token_ids: list[int]
+    """New tokens only, without the end-of-text token; those of a stop string are among them."""
+    finish_reason: FinishReason
+    """stop: the end-of-text token or a stop string; length: max_tokens or the end of the context."""
+
+
+class Chunk(NamedTuple):
+    """Some further tokens of one row."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    """Why the row has ended, or None where more may follow."""
+
+
+def generate(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig = DEFAULT_SAMPLING,
+) -> list[Completion]:
+    """Continue all prompts in one batch. Repeat a prompt to get several samples of it.
+
+    Raises:
+        UserError: a prompt leaves no room in the context, or model, tokenizer and sampling do not fit.
+    """
+    chunks = _token_chunks(config, params, tokenizer, prompts, sampling, CHUNK_TOKENS)
+    token_bytes = tokenizer.token_bytes()
+    rows = [TextStream(token_bytes, sampling.stop) for _ in prompts]
+    texts = [""] * len(rows)
+    for chunk in chunks:
+        texts = [text + row.push(*tokens) for text, row, tokens in zip(texts, rows, chunk, strict=True)]
+        if all(row.finish_reason for row in rows):
+            break
+    return [
+        Completion(prompt, text, row.token_ids, row.finish_reason)
+        for prompt, text, row in zip(prompts, texts, rows, strict=True)
+    ]
+
+
+def stream(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: SamplingConfig = DEFAULT_SAMPLING,
+) -> Iterator[str]:
+    """Continue one prompt in pieces of whole characters, which joined are the text that `generate` returns.
+
+    Raises:
+        UserError: as `generate` does, and at the call, not at the first piece.
+    """
+    chunks = _token_chunks(config, params, tokenizer, [prompt], sampling, STREAM_CHUNK_TOKENS)
+    row = TextStream(tokenizer.token_bytes(), sampling.stop)
+
+    def pieces() -> Iterator[str]:
+        for (tokens,) in chunks:
+            if piece := row.push(*tokens):
+                yield piece
+            if row.finish_reason:
+                return
+
+    return pieces()
+
+
+def _token_chunks(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    chunk_tokens: int,
+) -> Iterator[list[Chunk]]:
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size is {config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    return generate_tokens(config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens)
+
+
+def generate_tokens(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    end_of_text_id: int,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Iterator[list[Chunk]]:
+    """Continue prompts of token ids, yielding each time a `Chunk` for every row, until all rows are finished.
+
+    An empty prompt starts from the end-of-text token, which stands between documents. Where a prompt and
+    `max_tokens` together exceed the context, the row ends with the context (`length`). Stop strings are for
+    the caller to see, who may leave the iterator at any time. The chunk's size does not change what is drawn.
+
+    Under a mesh the rows are filled up to a number that its batch axes divide.
+
+    Raises:
+        UserError: at the call: a prompt leaves no room for a token in the context, or top_k exceeds the vocabulary.
+    """
+    if sampling.top_k > config.vocab_size:
+        raise UserError(f"top_k is {sampling.top_k}, but the vocabulary has {config.vocab_size} tokens; 0 is off")
+    prompts = [list(prompt) or [end_of_text_id] for prompt in prompts]
+    for prompt in prompts:
+        if len(prompt) >= config.context_length:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, but the context {config.context_length}, of which one "
+                f"must be left to write; the longest prompt that works has {config.context_length - 1}"
+            )
+    limits = [min(sampling.max_tokens, config.context_length - len(prompt)) for prompt in prompts]
+    return _generate(config, params, prompts, limits, sampling, end_of_text_id, chunk_tokens) if prompts else iter(())
+
+
+def _generate(
+    config: ModelConfig,
+    params: Params,
+    prompts: list[list[int]],
+    limits: list[int],
+    sampling: SamplingConfig,
+    end_of_text_id: int,
+    chunk_tokens: int,
+) -> Iterator[list[Chunk]]:
+    params = compute_copy(config, params)
+    settings = filter_settings(sampling)
+    num_chunks = math.ceil(max(limits) / chunk_tokens)
+    state = _start(config, params, prompts, num_chunks * chunk_tokens, sampling.seed)
+    chunks = [Chunk([], None)] * len(prompts)
+    for index in range(num_chunks):
+        tokens_BN, state = decode_n_tokens(config, params, state, settings, end_of_text_id, chunk_tokens)
+        rows = np.asarray(tokens_BN)[: len(prompts)].tolist()
+        chunks = [
+            Chunk([], last.finish_reason)
+            if last.finish_reason
+            else _cut(row, end_of_text_id, limit - index * chunk_tokens)
+            for row, last, limit in zip(rows, chunks, limits, strict=True)
+        ]
+        yield chunks
+        if all(chunk.finish_reason for chunk in chunks):
+            return
+
+
+def _start(config: ModelConfig, params: Params, prompts: list[list[int]], new_tokens: int, seed: int) -> DecodeState:
+    """Prefill the prompts, with room for `new_tokens`."""
+    shards = _batch_shards()
+    prompts = prompts + prompts[-1:] * (-len(prompts) % shards)
+    T = min(_bucket(max(map(len, prompts))), config.context_length)
+    tokens_BT = np.zeros((len(prompts), T), np.int32)
+    seen_BV = np.zeros((len(prompts), config.padded_vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+        seen_BV[row, prompt] = True
+    lengths_B = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    logits_BV, cache = prefill(config, params, jnp.asarray(tokens_BT), lengths_B, _bucket(T + new_tokens))
+    return start_decoding(logits_BV, cache, lengths_B, jnp.asarray(seen_BV), row_keys(seed, len(prompts)))
+
+
+def _cut(token_ids: list[int], end_of_text_id: int, limit: int) -> Chunk:
+    """A row's tokens up to its end, which is the end-of-text token or a number of tokens."""
+    kept = token_ids[:limit]
+    if end_of_text_id in kept:
+        return Chunk(kept[: kept.index(end_of_text_id)], "stop")
+    return Chunk(kept, "length" if limit <= len(token_ids) else None)
+
+
+def _bucket(length: int) -> int:
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _batch_shards() -> int:
+    """Pieces that the current mesh cuts a batch into."""
+    if not sharding.has_mesh():
+        return 1
+    (axes,) = sharding.spec("batch")
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)

@@ -1,0 +1,245 @@
+"""Text to token ids and back: byte-level BPE, bytes or characters, each one `tokenizer.json`.
+
+All three kinds are files in the format of the Hugging Face `tokenizers` library, which trains and
+runs them, so that other programs read them too. What is added here: a kind, the bytes of every
+token, a fingerprint, and the promise that text never becomes a special token.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from gptjax.config import TokenizerConfig
+from gptjax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (
+    *(END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|pad|>"),
+    *(f"<|reserved_{i}|>" for i in range(12)),
+)
+"""Reserved names; in every tokenizer trained here they are the ids 0 to 15."""
+
+# GPT-4's (`cl100k_base` in tiktoken): contractions, words with one leading mark or space, up to three
+# digits, punctuation with its newlines, newlines with their indentation so far, and other whitespace.
+SPLIT_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+class Tokenizer:
+    """Text to ids and back; special tokens come only from `special_token_ids`, never from text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        backend.encode_special_tokens = True  # the file cannot hold it: without it text may spell special tokens
+        self._vocab = backend.get_vocab(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = {token.content: i for i, token in sorted(added.items()) if token.special}
+        """Id of every special token by its name."""
+        self.vocab_size = 1 + max(self._vocab.values())
+        """Number of ids, special ones included."""
+
+    @property
+    def kind(self) -> Literal["bpe", "byte", "char"]:
+        if self._layout["decoder"]["type"] == "Fuse":
+            return "char"
+        return "byte" if self._layout["pre_tokenizer"]["type"] == "ByteLevel" and not self._merges else "bpe"
+
+    @property
+    def end_of_text_id(self) -> int:
+        """Id of the token that ends every document."""
+        return self.special_token_ids[END_OF_TEXT]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text.
+
+        Raises:
+            UserError: a lone surrogate, which is no Unicode text, or with `char` a character never seen.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        for text in texts:
+            self._require_encodable(text)
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of the ids; bytes that are no UTF-8 become U+FFFD, special tokens vanish or give their name.
+
+        Raises:
+            UserError: an id outside the vocabulary.
+        """
+        ids = [int(i) for i in ids]
+        outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if outside is not None:
+            raise UserError(f"token id {outside} is outside this tokenizer's {self.vocab_size} ids")
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes that each id stands for, in the order of the ids; none for special tokens."""
+        table = [b""] * self.vocab_size
+        for token, i in self._vocab.items():
+            if token not in self.special_token_ids:
+                table[i] = token.encode() if self.kind == "char" else bytes(_BYTE_OF_CHARACTER[c] for c in token)
+        return table
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of everything that decides how text becomes ids."""
+        parts = [self._vocab, self._merges, self.special_token_ids, self._layout]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `tokenizer.json`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds."""
+        return self._backend.to_str(pretty=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Read a `tokenizer.json`, trained here or another byte-level one with <|endoftext|>.
+
+        Raises:
+            UserError: the file is missing, or no such tokenizer.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"no tokenizer {path}: {error.strerror}") from error
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())}") from error
+        if not isinstance(backend.decoder, decoders.ByteLevel | decoders.Fuse):
+            name = type(backend.decoder).__name__ if backend.decoder else "no"
+            raise UserError(f"{path} has {name} decoder; gptjax reads byte-level tokenizers and its own char ones")
+        tokenizer = cls(backend)
+        if END_OF_TEXT not in tokenizer.special_token_ids:
+            raise UserError(
+                f"{path} lacks the special token {END_OF_TEXT}; its own are {[*tokenizer.special_token_ids]}"
+            )
+        return tokenizer
+
+    @cached_property
+    def _file(self) -> dict:
+        return json.loads(self._backend.to_str())
+
+    @property
+    def _layout(self) -> dict:
+        return {name: self._file[name] for name in ("normalizer", "pre_tokenizer", "decoder")}
+
+    @property
+    def _merges(self) -> list:
+        return self._file["model"].get("merges", [])
+
+    @cached_property
+    def _alphabet(self) -> frozenset[str] | None:
+        """The characters of a `char` tokenizer; None where every text can be encoded."""
+        return frozenset(self._vocab) - frozenset(self.special_token_ids) if self.kind == "char" else None
+
+    def _require_encodable(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"character {error.start} of the text, {text[error.start]!r}, is no Unicode text"
+            ) from error
+        if self._alphabet is not None and (unseen := set(text) - self._alphabet):
+            first = min(unseen, key=text.index)
+            raise UserError(
+                f"the char tokenizer has never seen {first!r} (U+{ord(first):04X}), only its {len(self._alphabet)} "
+                "characters; tokenizer.kind byte and bpe know them all"
+            )
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `config` asks for; equal texts in equal order give equal tokenizers.
+
+    A `bpe` vocabulary is smaller than asked where the texts hold too few pairs to merge. `byte` does not
+    look at the texts, and `char` knows just the characters in them.
+    """
+    match config.kind:
+        case "bpe":
+            backend = _train_bpe(texts, config.vocab_size)
+        case "byte":
+            backend = tokenizers.Tokenizer(models.BPE(_numbered(_CHARACTER_OF_BYTE), []))
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            backend.decoder = decoders.ByteLevel()
+        case "char":
+            # BPE without merges: it neither splits nor copies the text, so it is five times as fast as WordLevel.
+            backend = tokenizers.Tokenizer(models.BPE(_numbered(sorted(set().union(*texts))), []))
+            backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
+    return Tokenizer(backend)
+
+
+def split_text(text: str, max_characters: int) -> Iterator[str]:
+    """Cut a long text into pieces that encode, one by one, to the ids of the whole.
+
+    The cuts are before lines that start with something visible, where SPLIT_PATTERN always splits. A text
+    without such a line within `max_characters` is cut there, and its ids may differ around the cut.
+    """
+    start = 0
+    while len(text) - start > max_characters:
+        cut = text.rfind("\n", start, start + max_characters) + 1
+        while cut > start and text[cut].isspace():
+            cut = text.rfind("\n", start, cut - 1) + 1
+        cut = cut if cut > start else start + max_characters
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=_CHARACTER_OF_BYTE,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _numbered(alphabet: Sequence[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
+
+
+def _printable_bytes() -> list[str]:
+    """The character by which byte-level BPE writes each byte: itself if visible in Latin-1, else from U+0100 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]
+
+
+_CHARACTER_OF_BYTE = _printable_bytes()
+_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_CHARACTER_OF_BYTE)}

@@ -1,0 +1,178 @@
+"""The training loop: feeds the compiled step and calls back at its intervals. It knows no stage.
+
+Shape suffixes: K steps of a dispatch, A accumulated micro-batches, B sequences of a micro-batch, T tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.parallel import sharding
+from gptjax.training.ledger import Ledger
+from gptjax.training.schedule import Progress, batch_size, learning_rate
+from gptjax.training.state import TrainState
+from gptjax.training.step import Metrics, TrainStep
+
+
+class Stream(Protocol):
+    """Rows in training order. `take(n)` gives the next n, (n, T+1) int32."""
+
+    def take(self, n: int) -> np.ndarray: ...
+
+
+class Callbacks(NamedTuple):
+    """What the loop calls. `evaluate`, `sample` and `save` find all steps so far done and reported."""
+
+    report: Callable[[dict[str, Any]], None]
+    """Takes a line of metrics: of training one logging interval late, of an evaluation at once."""
+    evaluate: Callable[[TrainState], dict[str, float]]
+    """Returns metrics of the state on held-out data."""
+    sample: Callable[[TrainState, Progress], None]
+    save: Callable[[TrainState, Progress, dict[str, float] | None], None]
+    """Saves the state, with its evaluation's metrics where this step has been evaluated."""
+    should_stop: Callable[[], bool]
+    """Asked after each dispatch; True saves and ends the loop."""
+
+
+def fit(
+    config: Config,
+    state: TrainState,
+    progress: Progress,
+    train_step: TrainStep,
+    stream: Stream,
+    callbacks: Callbacks,
+    ledger: Ledger,
+    mfu_per_token_rate: float | None,
+) -> tuple[TrainState, Progress]:
+    """Train from `progress` to `training.steps`, or until asked to stop.
+
+    Nothing in the loop waits for the device, except where an interval ends: metrics are fetched when the
+    next interval's steps are already dispatched, and before an evaluation, sample or checkpoint.
+
+    Args:
+        config: resolved.
+        stream: positioned at `progress.sequences`.
+        mfu_per_token_rate: MFU at one token a second; None where the device's peak is unknown.
+    """
+    training, intervals = config.training, _intervals(config)
+    history = _History(callbacks.report, ledger, mfu_per_token_rate)
+    compiled = False
+    while progress.step < training.steps:
+        boundary = _next_boundary(progress.step, intervals, training.steps)
+        num_steps = min(training.steps_per_dispatch, boundary - progress.step)
+        with ledger("data"):
+            batch, counts_K, rates_K, progress = _next_batch(config, stream, progress, num_steps)
+        with ledger("step" if compiled else "compile"):
+            state, metrics = train_step(state, batch, counts_K, rates_K, num_steps)
+            if not compiled:
+                jax.block_until_ready(metrics)
+        if not compiled:
+            compiled = True
+            history.start(progress)
+
+        stopping = callbacks.should_stop()
+        finished = progress.step == training.steps
+
+        def due(interval: int, step: int = progress.step, finished: bool = finished) -> bool:
+            return finished or (interval > 0 and step % interval == 0)
+
+        if due(training.log_every_steps) or stopping:
+            last = {name: values[num_steps - 1] for name, values in metrics.items()}
+            history.add(progress, float(rates_K[num_steps - 1]), last)
+        evaluation = None
+        if due(training.eval_every_steps):
+            history.flush()
+            with ledger("evaluation"):
+                evaluation = callbacks.evaluate(state)
+            callbacks.report({"step": progress.step, "tokens": progress.tokens, **evaluation})
+        if due(training.sample_every_steps):
+            history.flush()
+            with ledger("sample"):
+                callbacks.sample(state, progress)
+        if due(config.checkpoint.every_steps) or stopping:
+            history.flush()
+            with ledger("checkpoint"):
+                callbacks.save(state, progress, evaluation)
+        if stopping:
+            break
+    history.flush()
+    return state, progress
+
+
+def _intervals(config: Config) -> list[int]:
+    training = config.training
+    intervals = (
+        *(training.log_every_steps, training.eval_every_steps, training.sample_every_steps),
+        config.checkpoint.every_steps,
+    )
+    return [interval for interval in intervals if interval]
+
+
+def _next_boundary(step: int, intervals: list[int], steps: int) -> int:
+    """The next step after `step` at which an interval ends: a dispatch is cut there, never shifted."""
+    return min([steps, *((step // interval + 1) * interval for interval in intervals)])
+
+
+def _next_batch(config: Config, stream: Stream, progress: Progress, num_steps: int):
+    """The arguments of `train_step` for the next steps, and the progress after them."""
+    training, T = config.training, config.model.context_length
+    K, B = training.steps_per_dispatch, training.resolved_micro_batch_size
+    A = training.batch_size // B
+    tokens_KABT = np.zeros((K, A, B, T + 1), np.int32)
+    counts_K, rates_K = np.zeros((K,), np.int32), np.zeros((K,), np.float32)
+    for k in range(num_steps):
+        size = batch_size(training, progress)
+        tokens_KABT[k, : size // B] = stream.take(size).reshape(-1, B, T + 1)
+        counts_K[k] = size // B
+        rates_K[k] = learning_rate(config.optimizer, progress)
+        progress = progress.advance(size, T)
+    return {"tokens": sharding.put_batch(tokens_KABT)}, counts_K, rates_K, progress
+
+
+class _History:
+    """Metrics on their way from the device: held for one interval, so that fetching them waits for nothing."""
+
+    def __init__(self, report: Callable, ledger: Ledger, mfu_per_token_rate: float | None):
+        self._report, self._ledger, self._mfu_per_token_rate = report, ledger, mfu_per_token_rate
+        self._pending: tuple[Progress, float, Metrics] | None = None
+
+    def start(self, progress: Progress) -> None:
+        """Measure speed from here on: what came before includes the compilation."""
+        self._tokens = progress.tokens
+        self._data_seconds = self._ledger.seconds["data"]
+        self._productive_seconds = self._ledger.productive_seconds
+
+    def add(self, progress: Progress, rate: float, metrics: Metrics) -> None:
+        """Hold these metrics, and report those that were held."""
+        self.flush()
+        self._pending = progress, rate, metrics
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        progress, rate, metrics = self._pending
+        self._pending = None
+        with self._ledger("step"):
+            metrics = jax.device_get(metrics)
+        tokens = progress.tokens - self._tokens  # 0 where the only step so far is the one that compiled
+        seconds = self._ledger.productive_seconds - self._productive_seconds
+        speed = tokens / seconds if tokens else None
+        data_wait = (self._ledger.seconds["data"] - self._data_seconds) / seconds if tokens else None
+        per_rate = self._mfu_per_token_rate
+        self._report(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "loss": float(metrics["loss"]),
+                "learning_rate": rate,
+                "grad_norm": float(metrics["grad_norm"]),
+                "tokens_per_second": speed,
+                "mfu": None if speed is None or per_rate is None else speed * per_rate,
+                "data_wait_fraction": data_wait,
+                "seconds": self._ledger.wall_seconds,
+            }
+        )
+        self.start(progress)

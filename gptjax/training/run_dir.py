@@ -1,0 +1,200 @@
+"""The run directory: its name, its `config.json`, and what a run may change when it goes on.
+
+`config.json` holds the sections of the configuration and, under `environment`, what else decides the
+bits: versions, devices and the revision of the source.
+"""
+
+import difflib
+import fnmatch
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.config import Config, differences, from_dict, replace_fields, to_dict
+from gptjax.errors import UserError
+from gptjax.training.metrics import metrics_line, read_metrics
+
+CONFIG_FILE = "config.json"
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
+
+MAY_CHANGE = (
+    "run_dir",
+    "data.prepared_dir",
+    "mesh.*",
+    "model.scan_layers",
+    "model.remat",
+    "training.steps",
+    "training.log_every_steps",
+    "training.eval_every_steps",
+    "training.eval_sequences",
+    "training.sample_*",
+    "training.steps_per_dispatch",
+    "checkpoint.*",
+)
+
+
+def next_run_dir(name: str, root: str | os.PathLike = "runs") -> Path:
+    """The first of `root/name`, `root/name-2`, `root/name-3`, ... that does not exist."""
+    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (Path(root) / candidate for candidate in candidates) if not path.exists())
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Create the folder and write a file there, now rather than after an hour of training.
+
+    Raises:
+        UserError: one of the two does not work.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --run-dir") from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write plain data so that a reader sees the old file or the new one, and a power cut loses neither."""
+    _write_atomically(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, dict[str, Any]]:
+    """What decides a run's bits beside its configuration: `versions`, `devices` and `source`.
+
+    A version is None where the package is not installed, and the revision where the source is no checkout.
+    """
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "devices": {
+            "platform": device.platform,
+            "device_kind": device.device_kind,
+            "device_count": jax.device_count(),
+            "process_count": jax.process_count(),
+            "cpu_cores": cores,
+        },
+        "source": _source_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _source_revision() -> dict[str, Any]:
+    """The commit that this file is part of, and whether tracked files differ from it."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            command = ("git", "-C", str(here.parent), *arguments)
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    # An installed copy may lie inside somebody else's repository, which does not track it.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return {"git_revision": None, "git_dirty": None}
+    return {
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def environment_changes(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each difference between two environments that may change the bits of a run."""
+    relevant = [("versions", name) for name in now["versions"]]
+    relevant += [("devices", name) for name in ("platform", "device_kind", "device_count", "cpu_cores")]
+    return [
+        f"{name.replace('_', ' ')} {saved.get(section, {}).get(name)} → {now[section][name]}"
+        for section, name in relevant
+        if saved.get(section, {}).get(name) != now[section][name]
+    ]
+
+
+def save_config(run: str | os.PathLike, config: Config, environment: Mapping[str, Any]) -> None:
+    """Write a run's `config.json`."""
+    write_json(Path(run) / CONFIG_FILE, to_dict(config) | {"environment": environment})
+
+
+def load_run_config(run: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
+    """Read a run's configuration and environment.
+
+    Raises:
+        UserError: the folder is no run, or its `config.json` cannot be understood.
+    """
+    path = Path(run) / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{run} is not a run: it has no {CONFIG_FILE}; runs beside it: {_runs_beside(path)}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    environment = values.pop("environment", {})
+    return from_dict(values), environment
+
+
+def _runs_beside(path: Path) -> str:
+    """The names most like the one asked for, at most five."""
+    runs = sorted(config.parent.name for config in path.parent.parent.glob(f"*/{CONFIG_FILE}"))
+    return ", ".join(difflib.get_close_matches(path.parent.name, runs, n=5, cutoff=0)) or "none"
+
+
+def merge_resume(saved: Config, requested: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
+    """The configuration with which a run goes on.
+
+    Fields that the request leaves open are the saved run's, except `mesh.data`, which is derived anew from
+    the devices at hand. In particular the learning rate keeps its schedule when `training.steps` grows.
+
+    Returns:
+        The configuration, and the fields that change as `{"section.field": (saved, requested)}`.
+
+    Raises:
+        UserError: fields differ that decide what the run has learned so far; all of them are listed.
+    """
+    changes = differences(saved, requested)
+    left_open = {name: before for name, (before, after) in changes.items() if after is None}
+    left_open.pop("mesh.data", None)
+    changes = {name: change for name, change in changes.items() if change[1] is not None}
+    refused = [name for name in changes if not any(fnmatch.fnmatch(name, pattern) for pattern in MAY_CHANGE)]
+    if refused:
+        listed = ", ".join(f"{name} {changes[name][0]} → {changes[name][1]}" for name in refused)
+        raise UserError(
+            f"{saved.run_dir} was made with another configuration: {listed}; "
+            "leave these as they were, or choose another --run-dir"
+        )
+    return replace_fields(requested, left_open), changes
+
+
+def cut_metrics(path: str | os.PathLike, step: int) -> None:
+    """Drop what a `metrics.jsonl` says of later steps, and a half-written last line: they will come again.
+
+    Does nothing where the file is not there.
+    """
+    path = Path(path)
+    if path.exists():
+        _write_atomically(
+            path, "".join(metrics_line(record) for record in read_metrics(path) if record["step"] <= step)
+        )

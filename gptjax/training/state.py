@@ -1,0 +1,68 @@
+"""What a step carries: parameters, optimizer state and the step's number."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.model.gpt import GPT, Params
+from gptjax.parallel import sharding
+
+
+class TrainState(NamedTuple):
+    """A pytree; every leaf lives in its shards from the start."""
+
+    step: jax.Array
+    params: Params
+    optimizer: Any
+
+
+def init_params(model: GPT, key: jax.Array) -> Params:
+    """Initial parameters, drawn straight into their shards; jitted by the caller or not."""
+    # Shapes do not depend on the tokens. One row per batch shard is the least that can be laid out.
+    shards = 1
+    if sharding.has_mesh():
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    tokens_BT = sharding.reshard(jnp.zeros((shards, 1), jnp.int32), "batch", "sequence")
+    return model.init(key, tokens_BT)["params"]
+
+
+def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state under the current mesh."""
+
+    @jax.jit
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(model, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return init(jax.random.key(seed))
+
+
+def abstract_params(model: GPT) -> Params:
+    """Shapes, types and shardings of the parameters under the current mesh, without allocating them."""
+    return _concrete(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+
+
+def abstract_state(model: GPT, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes, types and shardings of a state under the current mesh, without allocating it: what a restore fills."""
+
+    def init() -> TrainState:
+        params = init_params(model, jax.random.key(0))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return _concrete(jax.eval_shape(init))
+
+
+def _concrete(shapes: Any) -> Any:
+    """The shardings over the mesh's devices; `eval_shape` gives them over its names alone, and none to scalars."""
+    if not sharding.has_mesh():
+        return shapes
+    mesh = jax.sharding.get_mesh()
+
+    def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(concrete, shapes)

@@ -1,0 +1,98 @@
+"""The train step: one compiled function, whatever the stage.
+
+Shape suffixes: K steps of a dispatch, A accumulated micro-batches, B sequences of a micro-batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.model.gpt import Params
+from gptjax.parallel.precision import compute_copy
+from gptjax.training.losses import Batch, Loss
+from gptjax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    compute_dtype: Any,
+    dropout_seed: int | None,
+    accumulates: bool,
+    steps_per_dispatch: int = 1,
+) -> TrainStep:
+    """Compile `train_step(state, batch, num_micro_K, learning_rate_K, num_steps) -> (state, metrics)`.
+
+    The state is donated. `batch` leaves are (K, A, B, ...); step k uses the first `num_micro_K[k]`
+    micro-batches. All counts are traced, so that a growing batch and a dispatch cut short by an interval
+    run the same program. Metrics are (K,) arrays: `loss` (nats a token, without z-loss), `grad_norm`
+    (before clipping), `weight` (predicted tokens).
+
+    Args:
+        loss: as described in `losses.py`.
+        optimizer: as `make_optimizer` gives it.
+        compute_dtype: type of the matrices in the compute copy.
+        dropout_seed: seed of the dropout; None: no dropout.
+        accumulates: whether a step may have more than one micro-batch.
+        steps_per_dispatch: K.
+    """
+
+    def gradients(params: Params, batch: Batch, num_micro: jax.Array, key: jax.Array | None):
+        params = compute_copy(params, compute_dtype)
+
+        def one(index: jax.Array | int) -> tuple[Params, Metrics]:
+            micro = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            grads, sums = jax.grad(loss, has_aux=True)(params, micro, micro_key)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+
+        if not accumulates:
+            return one(0)
+
+        def add(index: jax.Array, total: tuple[Params, Metrics]) -> tuple[Params, Metrics]:
+            return jax.tree.map(jnp.add, total, one(index))
+
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x), jax.eval_shape(one, 0))
+        return jax.lax.fori_loop(0, num_micro, add, zeros)
+
+    def step(state: TrainState, batch: Batch, num_micro: jax.Array, learning_rate: jax.Array):
+        key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+        grads, sums = gradients(state.params, batch, num_micro, key)
+        grads = jax.tree.map(lambda g: g / sums["weight"], grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        metrics = {
+            "loss": sums["nll"] / sums["weight"],
+            "grad_norm": optax.global_norm(grads),
+            "weight": sums["weight"],
+        }
+        return TrainState(state.step + 1, params, optimizer_state), metrics
+
+    def train_step(state, batch, num_micro_K, learning_rate_K, num_steps):
+        def at(index):
+            return jax.tree.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False),
+                (batch, num_micro_K, learning_rate_K),
+            )
+
+        if steps_per_dispatch == 1:
+            state, metrics = step(state, *at(0))
+            return state, jax.tree.map(lambda m: m[None], metrics)
+
+        def advance(index, carry):
+            state, history = carry
+            state, metrics = step(state, *at(index))
+            return state, jax.tree.map(lambda h, m: h.at[index].set(m), history, metrics)
+
+        shapes = jax.eval_shape(step, state, *at(0))[1]
+        history = jax.tree.map(lambda m: jnp.zeros((steps_per_dispatch,), m.dtype), shapes)
+        return jax.lax.fori_loop(0, num_steps, advance, (state, history))
+
+    return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,66 @@
+"""What is left to say when a run ends: `summary.json`."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.training.ledger import Ledger
+from gptjax.training.metrics import METRICS_FILE, read_metrics
+from gptjax.training.schedule import Progress
+
+SUMMARY_FILE = "summary.json"
+
+
+class Diverged(Exception):
+    """The loss is no longer a number."""
+
+
+def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger, parameters: int) -> dict[str, Any]:
+    """The last values of a run's metrics and what it cost.
+
+    Args:
+        stopped: why the run ended: `finished`, `preempted`, `interrupted` or `diverged`.
+    """
+    records = read_metrics(directory / METRICS_FILE)
+
+    def last(name: str) -> Any:
+        return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+
+    speeds = sorted(record["tokens_per_second"] for record in records if record.get("tokens_per_second"))
+    utilizations = sorted(record["mfu"] for record in records if record.get("mfu"))
+    return {
+        "final_loss": last("loss"),
+        "val_loss": last("val_loss"),
+        "val_bits_per_byte": last("val_bits_per_byte"),
+        "val_perplexity": last("val_perplexity"),
+        "parameters": parameters,
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "mfu": utilizations[len(utilizations) // 2] if utilizations else None,
+        "wall_seconds": ledger.wall_seconds,
+        "productive_seconds": ledger.productive_seconds,
+        "seconds": dict(ledger.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "stopped": stopped,
+    }
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """A run's summary, or None where it has not ended yet."""
+    path = directory / SUMMARY_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def peak_memory_bytes() -> int | None:
+    """Most memory used so far: of the fullest local device, or of this process where the device is the CPU."""
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+        return max((peak for peak in peaks if peak is not None), default=None)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

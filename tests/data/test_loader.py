@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.data.loader import RowStream, TokenRows, evaluation_rows
+from gptjax.errors import UserError
+
+CONTEXT = 3
+
+
+def made_rows(count: int) -> TokenRows:
+    """Rows whose first token says which row it is: row i starts with 3i."""
+    return TokenRows(np.arange(count * CONTEXT + 1, dtype="<u2"), CONTEXT)
+
+
+def order(rows: TokenRows, count: int, seed: int = 0, position: int = 0, **options) -> list[int]:
+    stream = RowStream(rows, seed, position, **options)
+    try:
+        return [int(row[0]) // CONTEXT for row in stream.take(count)]
+    finally:
+        stream.close()
+
+
+@given(length=st.integers(2, 60), context_length=st.integers(1, 12))
+@settings(deadline=None)
+def test_every_token_but_the_first_is_a_label_once(length, context_length):
+    if length <= context_length:
+        with pytest.raises(UserError, match=rf"{length} tokens are too few .*context_length {length - 1} or less"):
+            TokenRows(np.arange(length), context_length)
+        return
+    rows = TokenRows(np.arange(length), context_length)
+    stacked = np.stack([rows[i] for i in range(len(rows))])
+    assert stacked.shape[1] == context_length + 1
+    assert stacked.dtype == np.int32
+    np.testing.assert_array_equal(stacked[:, 1:].ravel(), np.arange(1, len(rows) * context_length + 1))
+    np.testing.assert_array_equal(stacked[:, :-1].ravel(), np.arange(len(rows) * context_length))
+    assert length - 1 - len(rows) * context_length < context_length, "less than a row is left out"
+
+
+def test_rows_outside_are_refused():
+    with pytest.raises(IndexError):
+        made_rows(4)[4]
+    with pytest.raises(IndexError):
+        made_rows(4)[-1]
+
+
+def test_every_epoch_has_every_row_once_though_batches_straddle_it():
+    rows = made_rows(10)
+    stream = RowStream(rows, seed=0)
+    epochs = []
+    drawn = []
+    for _ in range(10):
+        epochs.append(stream.epoch)
+        drawn.extend(stream.take(4)[:, 0] // CONTEXT)
+    stream.close()
+    assert stream.position == 40
+    assert epochs == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    orders = [tuple(drawn[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(each) == list(range(10)) for each in orders)
+    assert len(set(orders)) == 4, "another order each epoch"
+    assert tuple(range(10)) not in orders
+
+
+def test_seeds_decide_the_order():
+    rows = made_rows(50)
+    assert order(rows, 50, seed=1) == order(rows, 50, seed=1)
+    assert order(rows, 50, seed=1) != order(rows, 50, seed=2)
+
+
+@pytest.mark.parametrize("position", [0, 1, 9, 10, 11, 25])
+def test_a_stream_continues_from_any_position(position):
+    rows = made_rows(10)
+    assert order(rows, 30 - position, position=position) == order(rows, 30)[position:]
+
+
+def test_position_counts_what_was_taken_not_what_was_read_ahead():
+    rows = made_rows(10)
+    stream = RowStream(rows, seed=3, num_threads=8, prefetch_rows=64)
+    first = stream.take(7)
+    position = stream.position
+    stream.close()
+    assert position == 7
+    resumed = RowStream(rows, seed=3, position=position)
+    rest = resumed.take(6)
+    resumed.close()
+    assert [int(r[0]) // CONTEXT for r in (*first, *rest)] == order(rows, 13, seed=3)
+    assert resumed.epoch == 1
+
+
+@pytest.mark.parametrize("options", [{"num_threads": 0}, {"num_threads": 1}, {"num_threads": 16, "prefetch_rows": 500}])
+def test_threads_do_not_change_the_order(options):
+    rows = made_rows(10)
+    assert order(rows, 35, **options) == order(rows, 35)
+
+
+@given(sizes=st.lists(st.integers(1, 9), max_size=5))
+@settings(deadline=None, max_examples=20)
+def test_the_sizes_of_batches_do_not_change_the_order(sizes):
+    rows = made_rows(10)
+    stream = RowStream(rows, 0, num_threads=0)
+    taken = [row for size in sizes for row in stream.take(size)]
+    stream.close()
+    assert [int(row[0]) // CONTEXT for row in taken] == (order(rows, sum(sizes), num_threads=0) if sizes else [])
+
+
+@pytest.mark.parametrize(("limit", "total"), [(0, 10), (7, 7), (8, 8), (99, 10)])
+def test_evaluation_reads_the_first_rows_in_order_in_batches_of_one_shape(limit, total):
+    batches = list(evaluation_rows(made_rows(10), 4, limit))
+    assert {(batch.shape, batch.dtype) for batch, _ in batches} == {((4, CONTEXT + 1), np.dtype(np.int32))}
+    counted = [int(row[0]) // CONTEXT for batch, valid in batches for row in batch[:valid]]
+    assert counted == list(range(total))
+    last, valid = batches[-1]
+    assert (last[valid:] == last[valid - 1]).all()

@@ -1,0 +1,179 @@
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.data import prepare as preparing
+from gptjax.data.prepare import prepare
+from gptjax.data.shards import open_prepared
+from gptjax.errors import UserError
+from gptjax.text.tokenizer import train_tokenizer
+
+BYTE = TokenizerConfig(kind="byte")
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def many(working_folder) -> DataConfig:
+    """A folder of 120 short documents."""
+    (working_folder / "many").mkdir()
+    for i in range(120):
+        (working_folder / "many" / f"{i:03}.txt").write_text(f"Document {i}: naïve 中文 text\n" * (1 + i % 3))
+    return DataConfig(path=("many",), validation_fraction=0.2)
+
+
+def quietly(data, tokenizer=BYTE, out_dir=None):
+    """Prepared data, and the one line that was logged about it."""
+    lines = []
+    prepared = prepare(data, tokenizer, out_dir, progress=False, log=lines.append)
+    (line,) = lines
+    return prepared, line
+
+
+def documents_of(prepared, split) -> list[str]:
+    ids = prepared.tokens(split)[:].astype(int)
+    ends = np.flatnonzero(ids == prepared.tokenizer.end_of_text_id)
+    assert ends[-1] == len(ids) - 1, "every document is ended"
+    return [
+        prepared.tokenizer.decode(part[part != prepared.tokenizer.end_of_text_id]) for part in np.split(ids, ends)[:-1]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "byte", "char"])
+def test_shards_hold_every_document_once_and_the_index_counts_them(many, kind):
+    prepared, line = quietly(many, TokenizerConfig(kind=kind, vocab_size=300))
+    found = {split: documents_of(prepared, split) for split in ("train", "validation")}
+    originals = [path.read_text() for path in sorted(preparing.Path("many").iterdir())]
+    assert sorted(found["train"] + found["validation"]) == sorted(originals)
+    for split, texts in found.items():
+        index = prepared.index.splits[split]
+        assert index.documents == len(texts) > 0
+        assert index.bytes == sum(len(text.encode()) for text in texts)
+        assert index.tokens == len(prepared.tokens(split))
+    assert prepared.index.split_rule == "hash"
+    assert line.startswith("data: built data/many-")
+    assert "split by hash (at least 100 documents)" in line
+
+
+def test_pieces_and_batches_change_nothing(many, monkeypatch):
+    whole, _ = quietly(many, TokenizerConfig(vocab_size=300), "whole")
+    monkeypatch.setattr(preparing, "PIECE_CHARACTERS", 30)
+    monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 50)
+    pieces, _ = quietly(many, whole.tokenizer, "pieces")
+    assert pieces.index.splits == whole.index.splits
+
+
+def test_few_documents_are_split_by_position_as_nanogpt_does(working_folder):
+    text = "".join(f"line {i}\n" for i in range(500))
+    (working_folder / "one.txt").write_text(text)
+    prepared, line = quietly(DataConfig(path=("one.txt",), validation_fraction=0.1), TokenizerConfig(kind="char"))
+    cut = int(len(text) * 0.9)
+    assert documents_of(prepared, "train") == [text[:cut]]
+    assert documents_of(prepared, "validation") == [text[cut:]]
+    assert "split by position (fewer than 100 documents)" in line
+    assert prepared.tokenizer.vocab_size == 16 + len(set(text)), "char knows the held-out characters too"
+
+
+def test_nothing_changed_is_reused_and_anything_changed_is_not(many, working_folder):
+    first, _ = quietly(many)
+    again, line = quietly(many)
+    assert line.startswith("data: reused")
+    assert again.folder == first.folder
+    others = [
+        quietly(many, TokenizerConfig(kind="char"))[0].folder,
+        quietly(DataConfig(path=("many",), validation_fraction=0.3))[0].folder,
+        quietly(DataConfig(path=("many",), validation_fraction=0.2, split="position"))[0].folder,
+    ]
+    (working_folder / "many" / "000.txt").write_text("another text\n")
+    others.append(quietly(many)[0].folder)
+    assert len({first.folder, *others}) == 5
+
+
+def test_a_named_folder_follows_its_sources(many, working_folder):
+    quietly(many, out_dir="out")
+    assert quietly(many, out_dir="out")[1].startswith("data: reused")
+    (working_folder / "many" / "000.txt").write_text("something new\n")
+    prepared, line = quietly(many, out_dir="out")
+    assert line.startswith("data: built")
+    assert "something new\n" in documents_of(prepared, "train") + documents_of(prepared, "validation")
+
+
+def test_a_prepared_folder_is_a_source_with_its_own_tokenizer(many):
+    made, _ = quietly(many, TokenizerConfig(kind="char"), "out")
+    opened, line = quietly(DataConfig(path=("out",)), BYTE)
+    assert opened.tokenizer.kind == "char"
+    assert opened.index == made.index
+    assert line.startswith("data: opened out")
+    assert "not the configured one" in line
+    with pytest.raises(UserError, match="out is prepared data, which stands alone, not among 2"):
+        quietly(DataConfig(path=("many", "out")))
+
+
+def test_a_given_tokenizer_is_used_as_it_is(many):
+    tokenizer = train_tokenizer(["Document 中文"], TokenizerConfig(kind="bpe", vocab_size=300))
+    assert quietly(many, tokenizer)[0].tokenizer.fingerprint == tokenizer.fingerprint
+
+
+def test_bpe_sees_a_bounded_sample_of_the_training_text_alone(many, monkeypatch):
+    seen = []
+    monkeypatch.setattr(preparing, "SAMPLE_CHARACTERS_PER_TOKEN", 4)
+    monkeypatch.setattr(
+        preparing, "train_tokenizer", lambda texts, config: train_tokenizer(seen.extend(texts) or seen, config)
+    )
+    prepared, _ = quietly(many, TokenizerConfig(vocab_size=300))
+    assert 0 < sum(len(text) for text in seen) < 2 * 4 * 300
+    assert set(seen) <= set(documents_of(prepared, "train"))
+
+
+def test_a_folder_with_other_things_is_left_alone(many, working_folder):
+    (working_folder / "precious").mkdir()
+    (working_folder / "precious" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="precious exists and is no prepared data"):
+        quietly(many, out_dir="precious")
+    assert [p.name for p in (working_folder / "precious").iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="cannot be prepared in"):
+        quietly(many, out_dir="precious/thesis.tex/below")
+
+
+def test_an_error_on_the_way_leaves_nothing_and_keeps_what_was(many, working_folder):
+    before, _ = quietly(many, out_dir="out")
+    (working_folder / "many" / "119.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"119.txt is not UTF-8"):
+        quietly(many, out_dir="out")
+    assert open_prepared("out", verify=True).index == before.index
+    assert sorted(p.name for p in working_folder.iterdir()) == [".out.lock", "many", "out"]
+
+
+def test_a_killed_prepare_leaves_nothing_that_looks_finished(many, working_folder):
+    """Killed with everything but the index written; the next one clears up and finishes."""
+    code = (
+        "import os, signal; from gptjax.config import *; from gptjax.data import prepare as p;"
+        "p.Index.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "p.prepare(DataConfig(path=('many',), validation_fraction=0.2), TokenizerConfig(kind='byte'), 'out')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(preparing.Path(preparing.__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert (working_folder / ".out.partial" / "train-00000.bin").stat().st_size > 0
+    assert not (working_folder / "out").exists()
+    prepared, line = quietly(many, out_dir="out")
+    assert line.startswith("data: built")
+    assert open_prepared(prepared.folder, verify=True).index.splits["train"].documents > 0
+    assert not (working_folder / ".out.partial").exists()
+
+
+def test_skipped_files_are_in_index_and_line(many, working_folder):
+    (working_folder / "many" / "bad.txt").write_bytes(b"\xff")
+    data = DataConfig(path=("many",), validation_fraction=0.2, on_error="skip")
+    prepared, line = quietly(data)
+    assert prepared.index.skipped == {"undecodable files": 1}
+    assert line.endswith("skipped 1 undecodable files")
