@@ -428,7 +428,7 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer) -
         micro_batch_size=training.resolved_micro_batch_size,
         batch_ramp_start=training.resolved_batch_ramp_start,
     )
-    _require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.runs.next_run_dir")
+    _require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
     return dataclasses.replace(
         config,
         model=model,

@@ -4,7 +4,13 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Compiling is most of the tests' time: LLVM's costly passes make programs faster, and no more correct.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]).strip()
 
 import jax
 import pytest

@@ -83,7 +83,6 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer)
     with (
         checkpoint.open_checkpoints(directory / CHECKPOINTS, config.checkpoint) as manager,
-        MetricsLog(directory / METRICS_FILE) as log,
         stop_on_signals() as stop,
     ):
         state, progress, seconds_before = _start(model, optimizer, config, directory, data)
@@ -94,7 +93,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         ledger = Ledger(before=seconds_before)
         stream = RowStream(rows, config.training.seed, progress.sequences)
         callbacks = Callbacks(
-            report=_reporter(config, log, console),
+            report=_reporter(config, MetricsLog(directory / METRICS_FILE), console),
             evaluate=_evaluator(config, held_out, data.tokenizer),
             sample=_sampler(config, directory, data.tokenizer, console),
             save=_saver(config, manager, data, ledger),
@@ -198,7 +197,7 @@ def _reporter(config: Config, log: MetricsLog, console: Console) -> Callable[[di
         if "val_loss" in metrics:
             console.log_evaluation(metrics)
             return
-        console.log(metrics, config.training, config.model.context_length)
+        console.log(metrics, config.training.steps)
         if not math.isfinite(metrics["loss"]):
             raise Diverged(f"step {metrics['step']}: the loss is {metrics['loss']}; the checkpoints are from before")
 

@@ -117,7 +117,7 @@ def restore(directory: str | os.PathLike, step: int, abstract_state: PyTree) -> 
     """
     with _open(directory) as reader:
         _require_equal(_saved_leaves(reader, step), _leaves(abstract_state), f"checkpoint {step} in {directory}")
-        items = _read(reader, step, abstract_state, metadata=ocp.args.JsonRestore())
+        items = _read(reader, step, state=_arrays(abstract_state), metadata=ocp.args.JsonRestore())
     return items.state, items.metadata
 
 
@@ -131,7 +131,18 @@ def restore_params(directory: str | os.PathLike, step: int, abstract_params: PyT
     with _open(directory) as reader:
         saved = {name: leaf for name, leaf in _saved_leaves(reader, step).items() if name.startswith("params.")}
         _require_equal(saved, _leaves(target), f"checkpoint {step} in {directory}")
-        return _read(reader, step, target).state["params"]
+        return _read(reader, step, state=_arrays(target)).state["params"]
+
+
+def read_metadata(directory: str | os.PathLike, step: int) -> dict[str, Any]:
+    """Read only a step's metadata.
+
+    Raises:
+        UserError: the step is not there or cannot be read.
+    """
+    with _open(directory) as reader:
+        _require_step(reader, step)
+        return _read(reader, step, metadata=ocp.args.JsonRestore()).metadata
 
 
 @dataclass(frozen=True)
@@ -170,15 +181,18 @@ def _open(directory: str | os.PathLike, options: ocp.CheckpointManagerOptions | 
         raise UserError(f"the checkpoints in {directory} cannot be opened: {_one_line(error)}") from error
 
 
-def _read(reader: ocp.CheckpointManager, step: int, target: PyTree, **items: ocp.args.CheckpointArgs) -> Any:
-    target = jax.tree.map(_placed, target)
-    state = ocp.args.PyTreeRestore(
-        target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-    )
+def _read(reader: ocp.CheckpointManager, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
     try:
-        return reader.restore(step, args=ocp.args.Composite(state=state, **items))
+        return reader.restore(step, args=ocp.args.Composite(**items))
     except (ValueError, KeyError, OSError) as error:
         raise _unreadable(reader, step, _one_line(error)) from error
+
+
+def _arrays(target: PyTree) -> ocp.args.PyTreeRestore:
+    """Read these leaves, and no others."""
+    target = jax.tree.map(_placed, target)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -190,10 +204,14 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _saved_leaves(reader: ocp.CheckpointManager, step: int) -> dict[str, str]:
+def _require_step(reader: ocp.CheckpointManager, step: int) -> None:
     steps = reader.all_steps()
     if step not in steps:
         raise UserError(f"step {step} is not in {reader.directory}; those that are: {_listed(steps)}")
+
+
+def _saved_leaves(reader: ocp.CheckpointManager, step: int) -> dict[str, str]:
+    _require_step(reader, step)
     try:
         saved = reader.item_metadata(step).state
     except (ValueError, KeyError, OSError) as error:

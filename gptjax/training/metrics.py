@@ -76,16 +76,12 @@ class Console:
         self._bar = _make_bar(self._file) if self._file.isatty() else None
         self._first: tuple[int, float] | None = None
 
-    def metrics(self, record: Mapping[str, Any], steps: int) -> None:
-        """Show a record of `metrics.jsonl`, of training or of an evaluation; None values are unknown.
+    def log(self, record: Mapping[str, Any], steps: int) -> None:
+        """Show a training record of `metrics.jsonl`; None values are unknown.
 
         Args:
             steps: where the run ends, for the bar and the time left.
         """
-        if "val_loss" in record:
-            self.message(evaluation_line(record))
-        if "loss" not in record:
-            return
         numbers = training_line(record, self._eta(record, steps))
         line = f"step {record['step']:>{len(str(steps))}}/{steps}  {numbers}"
         if self._bar is None:
@@ -95,6 +91,10 @@ class Console:
             self._bar.add_task(line)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=line, total=steps, completed=record["step"])
+
+    def log_evaluation(self, record: Mapping[str, Any]) -> None:
+        """Show an evaluation's record of `metrics.jsonl`, on a line that stays."""
+        self.message(evaluation_line(record))
 
     def message(self, text: str) -> None:
         """Show text on lines that stay, above the bar where there is one."""
@@ -150,9 +150,9 @@ def _make_bar(file: TextIO) -> "Progress":
     from rich.table import Column
 
     # A narrow terminal cuts the line short: wrapped, it would fill the screen.
-    line = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    bar = BarColumn(bar_width=10, table_column=Column(min_width=10))
-    return Progress(bar, line, console=RichConsole(file=file))
+    column = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+    line = TextColumn("{task.description}", markup=False, table_column=column)
+    return Progress(BarColumn(bar_width=10), line, console=RichConsole(file=file), expand=True)
 
 
 def _clock(seconds: float) -> str:

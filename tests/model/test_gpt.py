@@ -1,7 +1,7 @@
 """The GPT as a whole. Each switch does what its name says, and ways of computing it agree."""
 
 import dataclasses
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,23 @@ RANDOM = np.random.default_rng(0)
 TOKENS = RANDOM.integers(0, 61, (8, 16)).astype(np.int32)
 
 
-def new_params(config, scale=10.0):
-    """Parameters large enough for attention to be far from uniform, and biases away from zero."""
-    params = jax.jit(lambda key: init_params(GPT(config), key))(jax.random.key(0))
-    return jax.tree.map(lambda p: scale * p if p.ndim > 1 else p + 0.1, params)
+@pytest.fixture
+def small(tiny):
+    """One layer, for what does not depend on depth."""
+    return dataclasses.replace(tiny, num_layers=1)
 
 
-def logits_of(config, params, tokens=TOKENS, **arguments):
-    """Float32 logits of the real vocabulary."""
-    apply = jax.jit(lambda params, tokens, arguments: GPT(config).apply({"params": params}, tokens, **arguments)[0])
-    return apply(params, tokens, arguments)[..., : config.vocab_size]
+def new_params(config, std=0.2):
+    """Parameters large enough for attention to be far from uniform, biases included, without compiling anything."""
+    shapes = jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
+    draw = np.random.default_rng(1)
+    return jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape) * std, p.dtype), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(config, params, tokens=TOKENS, arguments=None):
+    """Logits of the real vocabulary; `arguments` are GPT's keyword arguments."""
+    return GPT(config).apply({"params": params}, tokens, **(arguments or {}))[0][..., : config.vocab_size]
 
 
 @pytest.mark.parametrize(
@@ -72,8 +79,8 @@ def test_order(tiny, positions):
     shuffled[:, :-1] = RANDOM.permuted(TOKENS[:, :-1], axis=1)
 
     def sensitive(num_layers):
-        config = dataclasses.replace(tiny, num_layers=num_layers, positions=positions, initializer_std=0.1)
-        params = new_params(config, scale=2.0)
+        config = dataclasses.replace(tiny, num_layers=num_layers, positions=positions)
+        params = new_params(config, std=0.2)
         last = [logits_of(config, params, tokens)[:, -1] for tokens in (TOKENS, shuffled)]
         return not np.allclose(*last, atol=1e-3)
 
@@ -82,34 +89,39 @@ def test_order(tiny, positions):
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
-def test_only_rope_is_relative(tiny, positions):
+def test_only_rope_is_relative(small, positions):
     """RoPE sees distances: shifting all positions changes nothing. Learned positions are places."""
-    config = dataclasses.replace(tiny, positions=positions)
+    config = dataclasses.replace(small, positions=positions)
     params = new_params(config)
     counted = np.tile(np.arange(12, dtype=np.int32), (8, 1))
-    here, there = (logits_of(config, params, TOKENS[:, :12], positions=counted + shift) for shift in (0, 4))
+    here, there = (logits_of(config, params, TOKENS[:, :12], {"positions": counted + shift}) for shift in (0, 4))
     assert np.allclose(here, there, atol=1e-3) == (positions == "rope")
 
 
-@pytest.mark.parametrize("num_layers", [4, 5, 1])
-def test_scan_unroll_and_remat_are_one_function(switched_on, num_layers):
-    """How layers are run is no part of the model: outputs and gradients of all six ways agree, with dropout on, also
-    where the pattern of two does not divide the layers, or is longer than they are."""
-    results = []
-    config = dataclasses.replace(switched_on, num_layers=num_layers, scan_layers=False, remat="none")
-    params = new_params(config, scale=3.0)
-    ways = itertools.product((False, True), ("none", "full", "save_dots"))
-    for scan_layers, remat in ways if num_layers == 5 else ((False, "none"), (True, "full")):
+def test_scan_unroll_and_remat_are_one_function(tiny):
+    """How layers are run is no part of the model: outputs and gradients agree, with dropout on, where the pattern
+    of two does not divide the three layers (one period is scanned, the last layer is not)."""
+    rates = {f"{name}_dropout": 0.2 for name in ("embedding", "attention", "residual")}
+    pattern = {"attention_pattern": ("dense", "local"), "attention_window": 3, "num_layers": 3}
+    config = dataclasses.replace(tiny, **rates, **pattern)
+    params = new_params(config, std=0.1)
+
+    def value_and_gradient(scan_layers, remat):
         way = dataclasses.replace(config, scan_layers=scan_layers, remat=remat)
 
-        def loss(params, way=way):
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params):
             logits, _ = GPT(way).apply({"params": params}, TOKENS[:2], dropout_key=jax.random.key(3))
-            return jnp.sin(logits[..., :61]).mean()
+            return jnp.sin(logits[..., :61]).sum()
 
-        results.append(jax.jit(jax.value_and_grad(loss))(params))
-    for value, gradients in results[1:]:
-        np.testing.assert_allclose(value, results[0][0], rtol=1e-5)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-3), gradients, results[0][1])
+        return loss(params)
+
+    value, gradient = value_and_gradient(False, "none")
+    for way in ((True, "none"), (False, "save_dots"), (True, "full")):
+        other_value, other_gradient = value_and_gradient(*way)
+        np.testing.assert_allclose(other_value, value, rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), other_gradient, gradient)
 
 
 def test_segments_isolate_documents(tiny):
@@ -118,14 +130,14 @@ def test_segments_isolate_documents(tiny):
     params = new_params(config)
     segment_ids = np.repeat([[0] * 7 + [1] * 9], 8, axis=0).astype(np.int32)
     positions = np.repeat([[*range(7), *range(9)]], 8, axis=0).astype(np.int32)
-    packed = logits_of(config, params, segment_ids=segment_ids, positions=positions)
+    packed = logits_of(config, params, TOKENS, {"segment_ids": segment_ids, "positions": positions})
     np.testing.assert_allclose(packed[:, :7], logits_of(config, params, TOKENS[:, :7]), atol=1e-4)
     np.testing.assert_allclose(packed[:, 7:], logits_of(config, params, TOKENS[:, 7:]), atol=1e-4)
 
 
-def test_grouped_queries_are_repeated_heads(tiny):
+def test_grouped_queries_are_repeated_heads(small):
     """Two key/value heads for four query heads equal four heads of which pairs have the same weights."""
-    grouped = dataclasses.replace(tiny, num_kv_heads=2)
+    grouped = dataclasses.replace(small, num_kv_heads=2)
     params = new_params(grouped)
     repeated = jax.tree.map(lambda p: p, params)
     for name in ("k", "v"):
@@ -133,13 +145,13 @@ def test_grouped_queries_are_repeated_heads(tiny):
         for leaf in linear:
             heads = linear[leaf].reshape(*linear[leaf].shape[:-1], 2, 8)
             repeated["blocks"]["attention"][name][leaf] = jnp.repeat(heads, 2, axis=-2).reshape(*heads.shape[:-2], 32)
-    np.testing.assert_allclose(logits_of(grouped, params), logits_of(tiny, repeated), atol=1e-4)
+    np.testing.assert_allclose(logits_of(grouped, params), logits_of(small, repeated), atol=1e-4)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_qk_norm_forgets_the_length_of_queries_and_keys(tiny, qk_norm):
+def test_qk_norm_forgets_the_length_of_queries_and_keys(small, qk_norm):
     """With it, scaling the query and key weights is no change; without it, it is."""
-    config = dataclasses.replace(tiny, qk_norm=qk_norm, bias=False, norm_epsilon=1e-12)
+    config = dataclasses.replace(small, qk_norm=qk_norm, bias=False, norm_epsilon=1e-12)
     params = new_params(config)
     before = logits_of(config, params)
     for name in ("q", "k"):
@@ -147,10 +159,10 @@ def test_qk_norm_forgets_the_length_of_queries_and_keys(tiny, qk_norm):
     assert np.allclose(before, logits_of(config, params), atol=1e-3) == qk_norm
 
 
-def test_logit_softcap_bounds(tiny):
-    params = new_params(tiny)
-    capped = logits_of(dataclasses.replace(tiny, logit_softcap=2.0), params)
-    free = logits_of(tiny, params)
+def test_logit_softcap_bounds(small):
+    params = new_params(small)
+    capped = logits_of(dataclasses.replace(small, logit_softcap=2.0), params)
+    free = logits_of(small, params)
     assert jnp.abs(free).max() > 2
     np.testing.assert_allclose(capped, 2 * np.tanh(free / 2), atol=1e-5)
 
@@ -167,24 +179,24 @@ def test_post_norm(tiny):
     np.testing.assert_allclose(y_BTD.std(-1), 1, atol=1e-3)
 
 
-def test_heads(tiny):
+def test_heads(small):
     """A tied head multiplies by the embedding, an untied one by its own matrix; the bias is added to either."""
-    tied = new_params(tiny)
-    untied = dataclasses.replace(tiny, tie_embeddings=False, head_bias=True)
+    tied = new_params(small)
+    untied = dataclasses.replace(small, tie_embeddings=False, head_bias=True)
     assert set(new_params(untied)) - set(tied) == {"head", "head_bias"}
     bias = jnp.arange(128.0)
     same = {**tied, "head": tied["embedding"], "head_bias": bias}
-    np.testing.assert_allclose(logits_of(untied, same), logits_of(tiny, tied) + bias[None, None, :61], atol=1e-4)
+    np.testing.assert_allclose(logits_of(untied, same), logits_of(small, tied) + bias[None, None, :61], atol=1e-4)
     assert jnp.abs(logits_of(untied, {**same, "head": tied["embedding"][::-1]}) - logits_of(untied, same)).max() > 1
 
 
-def test_scaled_embedding(tiny):
+def test_scaled_embedding(small):
     """`scale_embedding` is the model whose embedding, where it is read, is sqrt(model_dim) times larger."""
-    untied = dataclasses.replace(tiny, tie_embeddings=False)
+    untied = dataclasses.replace(small, tie_embeddings=False)
     params = new_params(untied)
     larger = {**params, "embedding": params["embedding"] * 32**0.5}
     scaled = logits_of(dataclasses.replace(untied, scale_embedding=True), params)
-    np.testing.assert_allclose(scaled, logits_of(untied, larger), atol=1e-4)
+    np.testing.assert_allclose(scaled, logits_of(untied, larger), atol=1e-3)
 
 
 def test_initialization(tiny):
@@ -204,37 +216,38 @@ def test_initialization(tiny):
     assert (first["attention"]["q"]["w"] != second["attention"]["q"]["w"]).all()
 
 
-def test_dropout_needs_a_key_and_follows_it(switched_on):
-    """Without a key all is deterministic; a key decides the draw, and another key draws otherwise."""
-    params = new_params(switched_on, scale=3.0)
-    rates = {f"{name}_dropout": 0.0 for name in ("embedding", "attention", "residual")}
-    never = logits_of(dataclasses.replace(switched_on, **rates), params, dropout_key=jax.random.key(0))
-    np.testing.assert_array_equal(logits_of(switched_on, params), never)
-    one, again, other = (logits_of(switched_on, params, dropout_key=jax.random.key(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one, again)
-    assert not np.allclose(one, other, atol=0.1)
-    assert not np.allclose(one, never, atol=0.1)
-    for name in rates:  # each of the three places has a dropout of its own
-        only = dataclasses.replace(switched_on, **(rates | {name: 0.3}))
-        assert not np.allclose(logits_of(only, params, dropout_key=jax.random.key(0)), never, atol=0.1), name
+def test_dropout_needs_a_key_and_follows_it(small):
+    """Without a key all is deterministic; a key decides the draw, another key draws otherwise; and each of the three
+    places has a dropout of its own."""
+    params = new_params(small)
+    never = logits_of(small, params, TOKENS, {"dropout_key": jax.random.key(0)})
+    for name in ("embedding", "attention", "residual"):
+        config = dataclasses.replace(small, **{f"{name}_dropout": 0.3})
+        np.testing.assert_allclose(logits_of(config, params), never, atol=1e-5)
+        one, again, other = (logits_of(config, params, TOKENS, {"dropout_key": jax.random.key(n)}) for n in (0, 0, 1))
+        np.testing.assert_array_equal(one, again)
+        assert not np.allclose(one, other, atol=0.1), name
+        assert not np.allclose(one, never, atol=0.1), name
 
 
 def test_every_mesh_computes_the_same(switched_on):
     """Parameters and logits, dropout included, do not depend on the mesh, nor on whether there is one."""
-    key = jax.random.key(7)
-    expected_params = new_params(switched_on, scale=3.0)
-    expected = logits_of(switched_on, expected_params, dropout_key=key)
-    for mesh in (one_device_mesh(), make_mesh(MeshConfig(2, 2, 2)), make_mesh(MeshConfig(1, 1, 8))):
+    arguments = {"dropout_key": jax.random.key(7)}
+
+    def compute():
+        params = jax.jit(lambda key: init_params(GPT(switched_on), key))(jax.random.key(0))
+        params = jax.tree.map(lambda p: 5 * p, params)
+        return params, logits_of(switched_on, params, sharding.put_batch(TOKENS), arguments)
+
+    expected = compute()
+    for mesh in (one_device_mesh(), make_mesh(MeshConfig(2, 2, 2))):
         with jax.set_mesh(mesh):
-            params = new_params(switched_on, scale=3.0)
-            logits = logits_of(switched_on, params, sharding.put_batch(TOKENS), dropout_key=key)
-            jax.tree.map(np.testing.assert_array_equal, params, expected_params)
-            np.testing.assert_allclose(logits, expected, atol=1e-4)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), compute(), expected)
 
 
-def test_padding_columns(tiny):
+def test_padding_columns(small):
     """Columns that are no token are -inf, and the rows of the head behind them get no gradient."""
-    config = dataclasses.replace(tiny, tie_embeddings=False, head_bias=True, logit_softcap=30.0)
+    config = dataclasses.replace(small, tie_embeddings=False, head_bias=True, logit_softcap=30.0)
     params = new_params(config)
 
     @jax.jit
@@ -255,14 +268,14 @@ def test_padding_columns(tiny):
 
 def test_bfloat16_is_near_float32(switched_on):
     """The compute type rounds, and changes nothing else; logits come in that type."""
-    params = new_params(switched_on, scale=3.0)
+    params = new_params(switched_on, std=0.1)
     half = logits_of(dataclasses.replace(switched_on, compute_dtype="bfloat16"), params)
     full = logits_of(switched_on, params)
     assert half.dtype == jnp.bfloat16
     assert float(jnp.abs(half.astype(jnp.float32) - full).mean() / full.std()) < 0.05
 
 
-def test_select_gives_the_logits_of_one_token(tiny):
-    params, index = new_params(tiny), np.arange(8, dtype=np.int32)
-    selected = logits_of(tiny, params, select_B=index)
-    np.testing.assert_allclose(selected[:, 0], logits_of(tiny, params)[np.arange(8), index], atol=1e-5)
+def test_select_gives_the_logits_of_one_token(small):
+    params, index = new_params(small), np.arange(8, dtype=np.int32)
+    selected = logits_of(small, params, TOKENS, {"select_B": index})
+    np.testing.assert_allclose(selected[:, 0], logits_of(small, params)[np.arange(8), index], atol=1e-5)

@@ -19,6 +19,7 @@ from gptjax.training.checkpoint import (
     best_step,
     latest_step,
     open_checkpoints,
+    read_metadata,
     restore,
     restore_params,
     save,
@@ -70,7 +71,7 @@ def test_a_state_comes_back_bit_for_bit_with_its_metadata(saved):
     assert bits(restored) == bits(state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert [leaf.dtype for leaf in jax.tree.leaves(restored)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
-    assert metadata == {"position": 640, "tokenizer": "größe \n"}
+    assert metadata == read_metadata(directory, 20) == {"position": 640, "tokenizer": "größe \n"}
     assert (directory / "20").is_dir()
 
 
@@ -200,6 +201,8 @@ def test_what_is_not_there_is_said(tmp_path):
     write(tmp_path, {3: None, 20: None})
     with pytest.raises(UserError, match=r"step 7 is not in .*; those that are: 3, 20"):
         restore(tmp_path, 7, {"x": jax.ShapeDtypeStruct((), jnp.float32)})
+    with pytest.raises(UserError, match=r"step 7 is not in .*; those that are: 3, 20"):
+        read_metadata(tmp_path, 7)
     with pytest.raises(UserError, match=r"has a validation loss; without one: 3, 20"):
         best_step(tmp_path)
 

@@ -65,9 +65,9 @@ def test_a_broken_line_before_the_last_is_named(tmp_path):
 def test_plain_lines_where_there_is_no_terminal():
     file = io.StringIO()
     with Console(file) as console:
-        console.metrics(TRAINING | {"step": 20, "seconds": 10.0, "tokens_per_second": None}, 1000)
-        console.metrics(TRAINING | {"mfu": 0.4123}, 1000)
-        console.metrics(EVALUATION, 1000)
+        console.log(TRAINING | {"step": 20, "seconds": 10.0, "tokens_per_second": None}, 1000)
+        console.log(TRAINING | {"mfu": 0.4123}, 1000)
+        console.log_evaluation(EVALUATION)
         console.message("[bold]as it is[/bold]")
     first, second, third, fourth = file.getvalue().splitlines()
     assert first == (
@@ -88,7 +88,7 @@ def test_the_time_left_is_written_as_a_clock(seconds, shown):
     file = io.StringIO()
     console = Console(file)
     for step, now in ((0, 0.0), (1, seconds)):
-        console.metrics(TRAINING | {"step": step, "seconds": now}, 2)
+        console.log(TRAINING | {"step": step, "seconds": now}, 2)
     assert f"  ETA {shown}  " in file.getvalue()
 
 
@@ -99,8 +99,8 @@ def test_a_bar_at_a_terminal_gives_the_cursor_back(monkeypatch, columns):
     file = Terminal()
     with Console(file) as console:
         console.message("[red]literal[/red]")
-        console.metrics(TRAINING, 1000)
-        console.metrics(EVALUATION, 1000)
+        console.log(TRAINING, 1000)
+        console.log_evaluation(EVALUATION)
     shown = file.getvalue()
     assert "[red]literal[/red]\n" in shown
     assert "validation 2.871 nats/token" in shown
