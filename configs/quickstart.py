@@ -22,7 +22,9 @@ config = Config(
         bias=False,
     ),
     tokenizer=TokenizerConfig(vocab_size=4096),
-    optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=50, final_learning_rate_fraction=0.0, weight_decay=0.1),
+    optimizer=OptimizerConfig(
+        peak_learning_rate=3e-3, warmup_steps=50, final_learning_rate_fraction=0.0, weight_decay=0.1
+    ),
     training=TrainingConfig(
         steps=600,
         batch_size=16,

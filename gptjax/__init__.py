@@ -31,7 +31,7 @@ _MODULE_OF = {
     "stream": "gptjax.sampling.generate",
     "evaluate": "gptjax.evaluation.perplexity",
 }
-__all__ = list(_MODULE_OF)  # noqa: PLE0605
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str):

@@ -48,9 +48,7 @@ def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str]:
             raise UserError(f"{target} is a folder without config.json, so no run; give a run or a configuration file")
         config = load_config(target / "config.json")
         # Devices may have changed since, so the mesh is fitted to them again.
-        config = dataclasses.replace(
-            config, run_dir=str(target), mesh=dataclasses.replace(config.mesh, data=None)
-        )
+        config = dataclasses.replace(config, run_dir=str(target), mesh=dataclasses.replace(config.mesh, data=None))
     else:
         config = load_config(target)
     config = tyro.cli(
@@ -146,7 +144,7 @@ def open_output(path: str) -> Iterator[TextIO]:
         yield sys.stdout
         return
     try:
-        file = Path(path).open("w", encoding="utf-8")
+        file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 -- closed below; an error in use is not this one
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
     with file:

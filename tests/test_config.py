@@ -188,6 +188,7 @@ def test_every_field_has_its_doc():
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
         }
         assert {f.name for f in dataclasses.fields(section)} == (
-            set(documented) | ({f.name for f in dataclasses.fields(Config)} - {"run_dir"} if section is Config else set())
+            set(documented)
+            | ({f.name for f in dataclasses.fields(Config)} - {"run_dir"} if section is Config else set())
         )
         assert all(doc.strip() and "\n" not in doc for doc in documented.values())

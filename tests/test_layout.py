@@ -41,9 +41,7 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-SOURCES = {
-    name_of(path): path for path in (*ROOT.glob("gptjax/**/*.py"), ROOT / "train.py", ROOT / "sample.py")
-}
+SOURCES = {name_of(path): path for path in (*ROOT.glob("gptjax/**/*.py"), ROOT / "train.py", ROOT / "sample.py")}
 
 
 def is_type_checking(node: ast.AST) -> bool:

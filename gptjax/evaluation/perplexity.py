@@ -15,7 +15,7 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
-from gptjax.parallel.precision import compute_copy
+from gptjax.parallel.precision import compute_copy, compute_dtype
 from gptjax.training.losses import cross_entropy
 
 
@@ -49,7 +49,7 @@ def evaluate(
         batches: (B, T+1) int32 token ids, with the number of rows that count: the last batch is filled up.
         token_bytes_V: UTF-8 bytes that each token stands for.
     """
-    weights = compute_copy_jit(params, config.compute_dtype)
+    weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
     token_bytes = sharding.reshard(jnp.asarray(token_bytes_V, jnp.int32), "features")
     sums = [  # dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64
         _sums(config, weights, sharding.put_batch(tokens_BT), num_rows, token_bytes) for tokens_BT, num_rows in batches
@@ -58,17 +58,12 @@ def evaluate(
     return Perplexity(nats / num_tokens, int(num_tokens), int(num_bytes))
 
 
-compute_copy_jit = jax.jit(compute_copy, static_argnums=1)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(config: ModelConfig, params: Params, tokens_BT: jax.Array, num_rows: int, token_bytes: jax.Array):
     labels_BT = tokens_BT[:, 1:]
     logits_BTV, _ = GPT(config).apply({"params": params}, tokens_BT[:, :-1])
     nll_BT, _ = cross_entropy(logits_BTV, labels_BT)
-    row_BT = jax.lax.broadcasted_iota(
-        jnp.int32, labels_BT.shape, 0, out_sharding=sharding.spec("batch", "sequence")
-    )
+    row_BT = jax.lax.broadcasted_iota(jnp.int32, labels_BT.shape, 0, out_sharding=sharding.spec("batch", "sequence"))
     counts_BT = row_BT < num_rows
     bytes_BT = token_bytes.at[labels_BT].get(out_sharding=sharding.spec("batch", "sequence"))
     return jnp.where(counts_BT, nll_BT, 0.0).sum(), counts_BT.sum(), jnp.where(counts_BT, bytes_BT, 0).sum()

@@ -69,7 +69,12 @@ def training_flops_per_token(config: ModelConfig, num_tokens: int | None = None)
 
     Recomputation (remat) is not counted: model FLOPs are those the mathematics needs.
     """
-    D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, num_tokens or config.context_length
+    D, F, H, T = (
+        config.model_dim,
+        config.resolved_ffn_dim,
+        config.resolved_head_dim,
+        num_tokens or config.context_length,
+    )
     N, K = config.num_heads, config.resolved_num_kv_heads
     block = 2 * D * N * H + 2 * D * K * H + (3 if config.gated else 2) * D * F
     weights = config.num_layers * block + config.vocab_size * D

@@ -145,7 +145,9 @@ class Attention(nn.Module):
             softcap=c.attention_softcap,
             keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),
         )
-        out_BTF = jnp.reshape(out_BTNH, (B, T, c.num_heads * H), out_sharding=sharding.spec("batch", "sequence", "heads"))
+        out_BTF = jnp.reshape(
+            out_BTNH, (B, T, c.num_heads * H), out_sharding=sharding.spec("batch", "sequence", "heads")
+        )
         residual_std = c.initializer_std * (2 * c.num_layers) ** -0.5
         return Linear(D, ("heads", "embed"), c.bias, residual_std, name="out")(out_BTF), cache
 

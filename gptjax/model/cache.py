@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig
 from gptjax.model.attention import LayerCache
 from gptjax.parallel import sharding
+from gptjax.parallel.precision import compute_dtype
 
 EMPTY = jnp.iinfo(jnp.int32).max
 """Position of a slot that holds no token: after every query, so that the causal mask hides it."""
@@ -35,7 +36,7 @@ def empty_cache(config: ModelConfig, batch_size: int, num_slots: int) -> Cache:
     shape = (batch_size, num_slots, config.resolved_num_kv_heads, config.resolved_head_dim)
 
     def zeros() -> jax.Array:
-        return sharding.reshard(jnp.zeros(shape, config.compute_dtype), "batch", "sequence", "kv_heads", "head_dim")
+        return sharding.reshard(jnp.zeros(shape, compute_dtype(config)), "batch", "sequence", "kv_heads", "head_dim")
 
     positions = sharding.reshard(jnp.full((batch_size, num_slots), EMPTY, jnp.int32), "batch", "sequence")
     layers = tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_layers))
@@ -45,4 +46,4 @@ def empty_cache(config: ModelConfig, batch_size: int, num_slots: int) -> Cache:
 def cache_bytes(config: ModelConfig, batch_size: int, num_slots: int) -> int:
     """Bytes of a cache's keys and values."""
     per_token = 2 * config.num_layers * config.resolved_num_kv_heads * config.resolved_head_dim
-    return batch_size * num_slots * per_token * jnp.dtype(config.compute_dtype).itemsize
+    return batch_size * num_slots * per_token * compute_dtype(config).itemsize

@@ -18,6 +18,7 @@ from gptjax.model.attention import Attention, LayerCache, write_slots
 from gptjax.model.cache import Cache
 from gptjax.model.layers import FeedForward, Norm, add_bias, constant, dropout, matmul, normal, sinusoid, softcap
 from gptjax.parallel import sharding
+from gptjax.parallel.precision import compute_dtype
 
 Params = Any
 """A plain dictionary of arrays: `embedding`, `positions`, `blocks`, `final_norm`, `head`, as the switches ask."""
@@ -83,7 +84,12 @@ def make_norm(config: ModelConfig, name: str) -> Norm:
 
 
 class GPT(nn.Module):
-    """The causal Transformer. `GPT(config).init(key, tokens)["params"]`, `GPT(config).apply({"params": params}, ...)`."""
+    """The causal Transformer.
+
+    Example:
+        params = GPT(config).init(key, tokens_BT)["params"]
+        logits_BTV, _ = GPT(config).apply({"params": params}, tokens_BT)
+    """
 
     config: ModelConfig
 
@@ -113,7 +119,7 @@ class GPT(nn.Module):
             cache with this call's tokens in it.
         """
         c = self.config
-        dtype = jnp.dtype(c.compute_dtype)
+        dtype = compute_dtype(c)
         if positions is None:
             positions = jax.lax.broadcasted_iota(
                 jnp.int32, tokens_BT.shape, 1, out_sharding=sharding.spec("batch", "sequence")
@@ -125,7 +131,10 @@ class GPT(nn.Module):
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x_BTD = dropout(x_BTD, c.embedding_dropout, keys[0])
 
-        blocks = self.param("blocks", self._init_blocks, x_BTD, positions)
+        if self.has_variable("params", "blocks"):  # may come unstacked, which `self.param` would refuse
+            blocks = self.get_variable("params", "blocks")
+        else:
+            blocks = self.param("blocks", self._init_blocks, x_BTD, positions)
         if cache is None:
             x_BTD = apply_blocks(c, blocks, x_BTD, positions, segment_ids, keys[1])
         else:
@@ -248,7 +257,12 @@ def layer(blocks: Params, index: int) -> Params:
 
 
 def unstack(blocks: Params) -> list[Params]:
-    """Parameters of each layer out of the stack; the gradient is one concatenation, not L additions."""
+    """Parameters of each layer out of the stack; the gradient is one concatenation, not L additions.
+
+    What is unstacked stays so: a decoding loop does this once, before the loop.
+    """
+    if isinstance(blocks, list):
+        return blocks
     leaves, tree = jax.tree.flatten(blocks)
     return [jax.tree.unflatten(tree, layer_leaves) for layer_leaves in zip(*map(jnp.unstack, leaves), strict=True)]
 

@@ -1,22 +1,33 @@
 """Which parameters are used in which type."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-CAST = ("w", "head")
+from gptjax.config import ModelConfig, default_compute_dtype
+
+MATRICES = ("w", "head")
 """Names of the parameters that only enter matrix products. The others are used in float32: norms and
 biases are small, and embedding rows are looked up in float32 for the sake of their gradient."""
 
 
-def compute_copy(params: Any, dtype: Any) -> Any:
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of activations; where the configuration leaves it open, the one that suits the default device."""
+    return jnp.dtype(config.compute_dtype or default_compute_dtype(jax.default_backend()))
+
+
+def compute_copy(params: Any, dtype: jnp.dtype, names: Collection[str] = MATRICES) -> Any:
     """The parameters with all matrices in the compute type, cast once and used many times.
 
     Gradients with respect to this copy are those with respect to the parameters.
+
+    Args:
+        names: parameters to cast, by the last part of their name.
     """
 
     def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(jnp.dtype(dtype)) if path[-1].key in CAST else leaf
+        return leaf.astype(dtype) if path[-1].key in names else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)

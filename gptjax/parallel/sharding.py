@@ -4,6 +4,8 @@ Modules name the logical axes of their arrays; `spec` looks them up. Without a m
 one device) every function here does nothing.
 """
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
@@ -37,6 +39,11 @@ def spec(*axes: str) -> P | None:
 
 def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
+
+
+def batch_shards() -> int:
+    """Pieces that the current mesh cuts a batch into."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in TABLE["batch"]) if has_mesh() else 1
 
 
 def reshard(x: jax.Array, *axes: str) -> jax.Array:

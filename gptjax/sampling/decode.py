@@ -15,12 +15,13 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.model.cache import EMPTY, Cache, empty_cache
-from gptjax.model.gpt import GPT, Params
+from gptjax.model.gpt import GPT, Params, unstack
 from gptjax.parallel import sharding
+from gptjax.parallel.precision import MATRICES, compute_copy, compute_dtype
 from gptjax.sampling.filters import Setting, apply_filters, one_hot
 
-MATRICES = ("w", "embedding", "head")
-"""Names of the parameters that a matrix multiplication reads."""
+MATRICES_READ = (*MATRICES, "embedding")
+"""Names of the parameters that a forward pass reads as matrices: the embedding is also the tied head."""
 
 
 class DecodeState(NamedTuple):
@@ -39,13 +40,10 @@ class DecodeState(NamedTuple):
     """Each row's random key."""
 
 
-def compute_copy(config: ModelConfig, params: Params) -> Params:
-    """Parameters with the matrices in the compute type, cast once instead of at every token."""
-
-    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(config.compute_dtype) if path[-1].key in MATRICES else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+def decoding_params(config: ModelConfig, params: Params) -> Params:
+    """Parameters as the loop reads them: matrices in the compute type and layers unstacked, once and not per token."""
+    params = compute_copy(params, compute_dtype(config), MATRICES_READ)
+    return params | {"blocks": unstack(params["blocks"])}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_slots"))
@@ -114,7 +112,7 @@ def decode_n_tokens(
     position, so that chunks of any size draw the same text.
 
     Args:
-        params: best a `compute_copy`.
+        params: best `decoding_params`.
         settings: the filters that are on (`filter_settings`); scalars or one value per row.
         end_of_text_id: ends a row; a finished row draws nothing else.
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +16,7 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import Params
 from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
-from gptjax.sampling.decode import DecodeState, compute_copy, decode_n_tokens, prefill, row_keys, start_decoding
+from gptjax.sampling.decode import DecodeState, decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
 from gptjax.sampling.detokenize import FinishReason, TextStream
 from gptjax.sampling.filters import filter_settings
 
@@ -171,7 +170,7 @@ def _generate(
     end_of_text_id: int,
     chunk_tokens: int,
 ) -> Iterator[list[Chunk]]:
-    params = compute_copy(config, params)
+    params = decoding_params(config, params)
     settings = filter_settings(sampling)
     num_chunks = math.ceil(max(limits) / chunk_tokens)
     state = _start(config, params, prompts, num_chunks * chunk_tokens, sampling.seed)
@@ -192,7 +191,7 @@ def _generate(
 
 def _start(config: ModelConfig, params: Params, prompts: list[list[int]], new_tokens: int, seed: int) -> DecodeState:
     """Prefill the prompts, with room for `new_tokens`."""
-    shards = _batch_shards()
+    shards = sharding.batch_shards()
     prompts = prompts + prompts[-1:] * (-len(prompts) % shards)
     T = min(_bucket(max(map(len, prompts))), config.context_length)
     tokens_BT = np.zeros((len(prompts), T), np.int32)
@@ -215,11 +214,3 @@ def _cut(token_ids: list[int], end_of_text_id: int, limit: int) -> Chunk:
 
 def _bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-
-
-def _batch_shards() -> int:
-    """Pieces that the current mesh cuts a batch into."""
-    if not sharding.has_mesh():
-        return 1
-    (axes,) = sharding.spec("batch")
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)

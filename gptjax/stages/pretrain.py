@@ -65,7 +65,9 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
             config = _merge_with_saved(config, directory, console)
             summary = read_summary(directory)
             if summary and summary["stopped"] == "finished" and summary["step"] >= config.training.steps:
-                console.message(f"{directory} is finished: {summary['step']} steps.\n{_next_commands(directory, config)}")
+                console.message(
+                    f"{directory} is finished: {summary['step']} steps.\n{_next_commands(directory, config)}"
+                )
                 return summary
         run_dir.check_writable(directory)
         data = prepare(config.data, config.tokenizer, log=console.message)
@@ -142,7 +144,9 @@ def _rows(data: PreparedData, split: str, config: Config) -> TokenRows:
     try:
         return TokenRows(data.tokens(split), config.model.context_length)
     except UserError as error:
-        raise UserError(f"{split} split (data.validation_fraction {config.data.validation_fraction:g}): {error}") from None
+        raise UserError(
+            f"{split} split (data.validation_fraction {config.data.validation_fraction:g}): {error}"
+        ) from None
 
 
 def _start(

@@ -17,7 +17,9 @@ class Ledger:
 
     def __init__(self, before: float = 0.0):
         """`before`: seconds that earlier processes spent on the same run."""
-        self.seconds: dict[str, float] = dict.fromkeys(("compile", "data", "step", "evaluation", "sample", "checkpoint"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("compile", "data", "step", "evaluation", "sample", "checkpoint"), 0.0
+        )
         self._before = before
         self._start = time.perf_counter()
 

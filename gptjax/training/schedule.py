@@ -34,9 +34,8 @@ def learning_rate(config: OptimizerConfig, progress: Progress) -> float:
         warmup = min(1.0, (progress.tokens + 1) / config.warmup_tokens)
     elif config.warmup_steps:
         warmup = min(1.0, (progress.step + 1) / config.warmup_steps)
-    if warmup < 1.0:
-        return config.peak_learning_rate * warmup
-    return config.peak_learning_rate * _decay(config, _fraction_decayed(config, progress))
+    # A product, because a warm-up in tokens and a decay in steps may overlap.
+    return config.peak_learning_rate * warmup * _decay(config, _fraction_decayed(config, progress))
 
 
 def _fraction_decayed(config: OptimizerConfig, progress: Progress) -> float:

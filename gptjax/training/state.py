@@ -21,11 +21,7 @@ class TrainState(NamedTuple):
 def init_params(model: GPT, key: jax.Array) -> Params:
     """Initial parameters, drawn straight into their shards; jitted by the caller or not."""
     # Shapes do not depend on the tokens. One row per batch shard is the least that can be laid out.
-    shards = 1
-    if sharding.has_mesh():
-        mesh = jax.sharding.get_abstract_mesh()
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    tokens_BT = sharding.reshard(jnp.zeros((shards, 1), jnp.int32), "batch", "sequence")
+    tokens_BT = sharding.reshard(jnp.zeros((sharding.batch_shards(), 1), jnp.int32), "batch", "sequence")
     return model.init(key, tokens_BT)["params"]
 
 

@@ -70,7 +70,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         metrics = {
             "loss": sums["nll"] / sums["weight"],
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "weight": sums["weight"],
         }
         return TrainState(state.step + 1, params, optimizer_state), metrics

@@ -38,7 +38,8 @@ def real_sizes(config):
 @given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in SWITCHES.items()}))
 def test_counts_are_the_real_parameters(switches):
     """For any combination of switches the formula equals the leaves' sizes, less the vocabulary's padding."""
-    config = ModelConfig(num_layers=3, model_dim=16, num_heads=4, context_length=10, vocab_size=100, **switches)
+    shape = {"num_layers": 3, "model_dim": 16, "num_heads": 4, "context_length": 10, "vocab_size": 100}
+    config = ModelConfig(**shape, **switches, compute_dtype="float32")
     padding = 28 * 16 * (1 if config.tie_embeddings else 2) + (28 if config.head_bias else 0)
     assert parameter_counts(config)["total"] == sum(real_sizes(config).values()) - padding
 
@@ -54,7 +55,8 @@ def test_counts_are_the_real_parameters(switches):
 )
 def test_gpt2_sizes(num_layers, model_dim, num_heads, published):
     """The four GPT-2s have exactly the parameters of OpenAI's checkpoints, which are counted by part and in sum."""
-    config = ModelConfig(num_layers=num_layers, model_dim=model_dim, num_heads=num_heads, vocab_size=50257)
+    shape = {"num_layers": num_layers, "model_dim": model_dim, "num_heads": num_heads}
+    config = ModelConfig(**shape, vocab_size=50257, compute_dtype="float32")
     counts = parameter_counts(config)
     assert counts["total"] == published == sum(size for part, size in counts.items() if part != "total")
     assert sum(real_sizes(config).values()) == published + (50304 - 50257) * model_dim

@@ -133,7 +133,14 @@ def test_activations():
     sigmoid, relu = 1 / (1 + np.exp(-x)), np.maximum(x, 0)
     cdf = np.array([0.5 * (1 + math.erf(v / 2**0.5)) for v in x])
     tanh = 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    expected = {"relu": relu, "relu2": relu**2, "gelu_tanh": tanh, "geglu": tanh, "gelu": x * cdf, "swiglu": x * sigmoid}
+    expected = {
+        "relu": relu,
+        "relu2": relu**2,
+        "gelu_tanh": tanh,
+        "geglu": tanh,
+        "gelu": x * cdf,
+        "swiglu": x * sigmoid,
+    }
     assert set(expected) == set(ACTIVATIONS)
     for name, values in expected.items():
         np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x)), values, atol=2e-6, err_msg=name)

@@ -12,7 +12,7 @@ from gptjax.config import MeshConfig
 from gptjax.model.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
 from gptjax.sampling.config import SamplingConfig
-from gptjax.sampling.decode import compute_copy, decode_n_tokens, prefill, row_keys, start_decoding
+from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
 from gptjax.sampling.generate import generate_tokens
 
 PROMPTS = [[7, 3, 250, 3, 9], [1], [*range(20, 31)]]
@@ -151,15 +151,18 @@ def test_settings_and_seed_compile_nothing(model):
     assert (prefill._cache_size(), decode_n_tokens._cache_size()) == before
 
 
-def test_compute_copy(make_model):
-    """Matrices are cast, norms and biases are not, and nothing changes in float32."""
+def test_decoding_params(make_model):
+    """Matrices are cast, norms and biases are not; layers are unstacked, and in float32 nothing else changes."""
     config, params = make_model(compute_dtype="bfloat16", tie_embeddings=False)
-    copy = compute_copy(config, params)
-    block = copy["blocks"]
+    copy = decoding_params(config, params)
+    assert len(copy["blocks"]) == config.num_layers
+    block = copy["blocks"][0]
     assert {copy["embedding"].dtype, copy["head"].dtype, block["attention"]["q"]["w"].dtype} == {jnp.dtype("bfloat16")}
     assert {block["attention"]["q"]["b"].dtype, block["attention_norm"]["scale"].dtype} == {jnp.dtype("float32")}
     config, params = make_model()
-    jax.tree.map(np.testing.assert_array_equal, compute_copy(config, params), params)
+    copy = decoding_params(config, params)
+    stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *copy["blocks"])
+    jax.tree.map(np.testing.assert_array_equal, copy | {"blocks": stacked}, params)
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])

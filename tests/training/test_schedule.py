@@ -76,7 +76,11 @@ def test_exact_beyond_32_bits():
 
 
 @given(
-    st.integers(1, 4), st.integers(1, 8), st.integers(0, 8), st.integers(1, 10**12), st.lists(st.integers(0, 2 * 10**12))
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(0, 8),
+    st.integers(1, 10**12),
+    st.lists(st.integers(0, 2 * 10**12)),
 )
 def test_batch_ramp(micro, start, growth, ramp_tokens, tokens):
     """The batch is a multiple of the micro-batch, starts and ends where it says, and never shrinks."""

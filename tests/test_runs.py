@@ -1,0 +1,296 @@
+"""Whole runs through the entry points: what a user meets, including kills, resumes and refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from gptjax import cli
+from gptjax.training.metrics import read_metrics
+from gptjax.training.run_dir import MAY_CHANGE
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+from gptjax.config import *
+config = Config(
+    model=ModelConfig(num_layers=2, model_dim=32, num_heads=4, context_length=16, residual_dropout=0.1),
+    tokenizer=TokenizerConfig(vocab_size=300),
+    data=DataConfig(path="corpus"),
+    optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=3),
+    training=TrainingConfig(
+        steps=12, batch_size=16, micro_batch_size=8, log_every_steps=1, eval_every_steps=4, sample_every_steps=0,
+        sample_tokens=8, sample_prompt="the ",
+    ),
+    checkpoint=CheckpointConfig(every_steps=4),
+)
+"""
+LOSSES = ("loss", "grad_norm", "learning_rate", "tokens", "val_loss", "val_bits_per_byte")
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a corpus of 150 documents and a configuration for it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "corpus").mkdir()
+    draw = random.Random(0)
+    words = "the cat dog sat ran on under a mat tree and then it was 12 345 , . \n".split(" ")
+    for number in range(150):
+        text = " ".join(draw.choices(words, k=draw.randint(20, 60)))
+        (folder / "corpus" / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    (folder / "tiny.py").write_text(TINY, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def inside(workplace, monkeypatch) -> Path:
+    monkeypatch.chdir(workplace)
+    return workplace
+
+
+def start(workplace: Path, *arguments: str) -> subprocess.Popen:
+    """`python train.py` in a process of its own, on one device."""
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    return subprocess.Popen(
+        command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def run(workplace: Path, *arguments: str) -> tuple[int, str]:
+    process = start(workplace, *arguments)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def losses(directory: Path) -> list[dict]:
+    return [
+        {name: record[name] for name in ("step", *LOSSES) if name in record}
+        for record in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(workplace) -> Path:
+    """A run that nothing disturbed."""
+    code, output = run(workplace, "tiny.py", "--run-dir", "runs/uninterrupted")
+    assert code == 0, output
+    return workplace / "runs" / "uninterrupted"
+
+
+def test_a_run_explains_itself(uninterrupted, workplace):
+    """The run's folder holds what resuming, sampling and writing about it need, in the documented words."""
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"config.json", "tokenizer.json", "metrics.jsonl", "samples.md", "summary.json", "loss.png"} <= names
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert None not in [value for section in config.values() if isinstance(section, dict) for value in section.values()]
+    assert {"versions", "devices", "source"} <= set(config["environment"])
+    training, evaluation = read_metrics(uninterrupted / "metrics.jsonl")[-2:]
+    fields = "step tokens loss learning_rate grad_norm tokens_per_second mfu data_wait_fraction seconds"
+    assert set(fields.split()) <= set(training)
+    assert training["mfu"] is None  # this CPU's peak is unknown, and unknown stays unknown
+    assert {"val_loss", "val_bits_per_byte", "val_perplexity"} <= set(evaluation)
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    fields = "final_loss val_loss val_bits_per_byte val_perplexity parameters tokens tokens_per_second mfu"
+    assert set(f"{fields} wall_seconds productive_seconds peak_memory_bytes stopped".split()) <= set(summary)
+    assert summary["stopped"] == "finished"
+    assert summary["tokens"] == 12 * 16 * 16
+    first = read_metrics(uninterrupted / "metrics.jsonl")[0]
+    assert evaluation["val_loss"] < first["loss"]  # it learned something
+
+
+def test_retention_keeps_newest_and_best(uninterrupted):
+    steps = {int(path.name) for path in (uninterrupted / "checkpoints").iterdir() if path.name.isdigit()}
+    evaluations = {r["step"]: r["val_loss"] for r in losses(uninterrupted) if "val_loss" in r}
+    assert steps == {12, min(evaluations, key=evaluations.get)}
+
+
+@pytest.mark.parametrize("killed_after", [5, 9])
+def test_killed_run_resumes_bit_identically(uninterrupted, workplace, killed_after):
+    """SIGKILL, then `train.py RUN`: every remaining loss and evaluation equals the uninterrupted run's."""
+    directory = workplace / "runs" / f"killed-{killed_after}"
+    process = start(workplace, "tiny.py", "--run-dir", str(directory))
+    for line in process.stdout:
+        if line.startswith(f"step {killed_after:>2}/12"):
+            process.kill()
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    code, output = run(workplace, str(directory))
+    assert code == 0, output
+    assert losses(directory) == losses(uninterrupted)
+
+
+def test_sigterm_saves_and_exits_75(uninterrupted, workplace):
+    """SIGTERM between checkpoints: the step it came in is saved, and the run goes on from just there."""
+    directory = workplace / "runs" / "preempted"
+    process = start(workplace, "tiny.py", "--run-dir", str(directory))
+    for line in process.stdout:
+        if line.startswith("step  6/12"):
+            process.terminate()
+            break
+    output, _ = process.communicate(timeout=120)
+    summary = json.loads((directory / "summary.json").read_text())
+    assert process.returncode == cli.EXIT_PREEMPTED == 75, output
+    assert summary["stopped"] == "preempted"
+    steps = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(steps) == summary["step"] >= 6
+    assert f"python train.py {directory}" in output
+    code, output = run(workplace, str(directory))
+    assert code == 0, output
+    assert f"steps {summary['step']} to 12" in output
+    assert losses(directory) == losses(uninterrupted)
+
+
+def test_finished_run_says_so_and_gives_the_next_command(uninterrupted, inside, capsys):
+    assert train.main(["tiny.py", "--run-dir", "runs/uninterrupted", "--mesh.data", "8"]) == 0
+    output = capsys.readouterr().out
+    assert "is finished" in output
+    assert "python sample.py runs/uninterrupted" in output
+
+
+@pytest.fixture(scope="session")
+def in_process(workplace, uninterrupted) -> Path:
+    """A run over eight devices, in this process, of another length."""
+    here = Path.cwd()
+    os.chdir(workplace)
+    try:
+        assert train.main(["tiny.py", "--run-dir", "runs/eight", "--training.steps", "4"]) == 0
+    finally:
+        os.chdir(here)
+    return workplace / "runs" / "eight"
+
+
+def test_eight_devices_give_the_losses_of_one(in_process, uninterrupted):
+    """Dropout included: draws are over global shapes. Schedules differ after warm-up, so three steps are compared."""
+    ours = [r["loss"] for r in losses(in_process) if "loss" in r][:3]
+    theirs = [r["loss"] for r in losses(uninterrupted) if "loss" in r][:3]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_more_steps_and_scanned_layers_continue_a_run(in_process, inside, capsys):
+    """What may change on resume changes and is printed; one parameter layout serves scan and unroll."""
+    assert train.main(["runs/eight", "--training.steps", "6", "--model.scan-layers", "--mesh.fsdp", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "training.steps 4 → 6" in output
+    assert "model.scan_layers False → True" in output
+    assert "mesh.fsdp 1 → 2" in output
+    assert [r["step"] for r in losses(in_process) if "loss" in r] == list(range(1, 7))
+    assert sample.main(["runs/eight", "--prompt", "the ", "--max-tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        (["--model.num-layers", "3"], "model.num_layers 2 → 3"),
+        (["--optimizer.peak-learning-rate", "0.1"], "optimizer.peak_learning_rate 0.01 → 0.1"),
+        (["--training.seed", "1"], "training.seed 0 → 1"),
+        (["--tokenizer.kind", "byte"], "tokenizer.kind bpe → byte"),
+    ],
+)
+def test_another_configuration_is_refused_with_its_fields(uninterrupted, inside, override, field, capsys):
+    before = (uninterrupted / "config.json").read_bytes()
+    assert refusal(["tiny.py", "--run-dir", "runs/uninterrupted", *override], capsys).count(field) == 1
+    assert (uninterrupted / "config.json").read_bytes() == before
+
+
+def refusal(arguments: list[str], capsys, main=train.main) -> str:
+    """The one line on stderr of a command that the user has to mend; no traceback, exit status 2."""
+    capsys.readouterr()
+    sys.argv = ["command", *arguments]
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command(main)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["tiny.py", "--data.path", "corpsu"], ["corpsu", "corpus"]),
+        (["tiny.py", "--data.path", "empty"], ["empty"]),
+        (["tiny.py", "--data.path", "broken.jsonl"], ["broken.jsonl", "2"]),
+        (["tiny.py", "--data.path", "other.jsonl"], ["text", "body"]),
+        (["tiny.py", "--data.path", "latin1.txt"], ["latin1.txt"]),
+        (["tiny.py", "--data.path", "short.txt"], ["validation", "tokens"]),
+        (["tiny.py", "--model.vocab-size", "1000"], ["1000", "300"]),
+        (["tiny.py", "--mesh.tensor", "3"], ["3", "8 devices"]),
+        (["tiny.py", "--mesh.tensor", "8"], ["num_heads 4", "nearest that does is 4"]),
+        (["tiny.py", "--training.micro-batch-size", "4"], ["4 sequences", "8 devices"]),
+        (["tiny.py", "--run-dir", "tiny.py/run"], ["cannot write", "tiny.py"]),
+    ],
+)
+def test_bad_input_is_one_line(inside, arguments, expected, capsys):
+    (inside / "empty").mkdir(exist_ok=True)
+    (inside / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n', encoding="utf-8")
+    (inside / "other.jsonl").write_text('{"body": "good"}\n', encoding="utf-8")
+    (inside / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (inside / "short.txt").write_text("too short", encoding="utf-8")
+    error = refusal([*arguments, *(["--run-dir", "runs/refused"] if "--run-dir" not in arguments else [])], capsys)
+    assert all(part in error for part in expected), error
+    assert not (inside / "runs" / "refused" / "config.json").exists()
+
+
+def test_changed_text_is_refused_on_resume(workplace, inside, capsys):
+    """A run must not go on over other tokens as if nothing had happened."""
+    (inside / "words.txt").write_text("some words that will change, " * 100, encoding="utf-8")
+    options = ["--data.path", "words.txt", "--tokenizer.kind", "byte", "--run-dir", "runs/changed"]
+    assert train.main(["tiny.py", *options, "--training.steps", "2"]) == 0
+    (inside / "words.txt").write_text("other words that have changed, " * 100, encoding="utf-8")
+    assert "changed" in refusal(["runs/changed", "--training.steps", "4"], capsys)
+
+
+def test_sampling_a_run(uninterrupted, inside, capsys, tmp_path):
+    """One prompt streams; several make JSON lines; both draw the same text; seeds reproduce."""
+    options = ["runs/uninterrupted", "--prompt", "the ", "--max-tokens", "8"]
+    assert sample.main(options) == 0
+    streamed = capsys.readouterr().out
+    assert sample.main([*options, "--json", "-"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record) == {"prompt", "text", "token_ids", "finish_reason"}
+    assert streamed == record["prompt"] + record["text"] + "\n"
+    assert len(record["token_ids"]) <= 8
+    assert sample.main([*options, "--num-samples", "3", "--json", str(tmp_path / "out.jsonl")]) == 0
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert records[0] == record
+    assert len({r["text"] for r in records}) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runs/nothing"], ["runs/nothing", "uninterrupted"]),
+        (["runs/uninterrupted", "--step", "5"], ["5", "12"]),
+        (["runs/uninterrupted", "--step", "newest"], ["newest", "last"]),
+        (["runs/uninterrupted", "--prompt", "the cat sat on a mat " * 20], ["16"]),
+        (["runs/uninterrupted", "--temperature", "-1"], ["temperature"]),
+    ],
+)
+def test_bad_sampling_is_one_line(uninterrupted, inside, arguments, expected, capsys):
+    error = refusal(arguments, capsys, main=sample.main)
+    assert all(part in error for part in expected), error
+
+
+def test_ten_lines_of_notebook(uninterrupted, inside):
+    """README's notebook code, as it stands there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0].replace("runs/quickstart", "runs/uninterrupted")
+    names: dict = {}
+    exec(code, names)
+    assert names["completion"].text
+    assert names["figure"].axes[0].lines
+
+
+def test_documented_resumable_fields():
+    """README says which fields may change when a run is continued."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [field for field in MAY_CHANGE if f"`{field}`" not in readme] == []

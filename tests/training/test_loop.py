@@ -1,0 +1,227 @@
+"""The loop, fed with a step and a stream that write down what happens to them."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from gptjax.training.ledger import Ledger
+from gptjax.training.loop import Callbacks, fit
+from gptjax.training.schedule import Progress, batch_size, learning_rate
+
+T, MICRO = 4, 2
+
+
+def make_config(steps=20, log=5, evaluate=0, sample=0, save=0, per_dispatch=1, ramp_tokens=0):
+    return Config(
+        model=ModelConfig(context_length=T),
+        optimizer=OptimizerConfig(warmup_steps=3, decay_steps=steps),
+        training=TrainingConfig(
+            steps=steps,
+            batch_size=8,
+            micro_batch_size=MICRO,
+            batch_ramp_start=2 if ramp_tokens else 8,
+            batch_ramp_tokens=ramp_tokens,
+            log_every_steps=log,
+            eval_every_steps=evaluate,
+            sample_every_steps=sample,
+            steps_per_dispatch=per_dispatch,
+        ),
+        checkpoint=CheckpointConfig(every_steps=save),
+    )
+
+
+class CountingStream:
+    """Rows whose tokens are their number in the training order."""
+
+    def __init__(self, position):
+        self.position = position
+
+    def take(self, n):
+        first, self.position = self.position, self.position + n
+        return np.repeat(np.arange(first, first + n, dtype=np.int32)[:, None], T + 1, axis=1)
+
+
+def run(config, start=Progress(), stop_after=None):  # noqa: B008
+    """Train with a step that only counts; a step's loss is its number, and its validation loss one half more.
+
+    Returns:
+        The events in order, as (kind, step); the lines of training metrics; for each step (its rows, its learning
+        rate); and the final progress.
+    """
+    events, lines, steps = [], [], {}
+
+    def train_step(state, batch, num_micro_K, learning_rate_K, num_steps):
+        assert batch["tokens"].shape == (config.training.steps_per_dispatch, 8 // MICRO, MICRO, T + 1)
+        tokens = np.asarray(batch["tokens"])
+        for k in range(num_steps):
+            state += 1
+            steps[state] = tokens[k, : num_micro_K[k], :, 0].ravel().tolist(), float(learning_rate_K[k])
+        events.append(("dispatch", state))
+        numbers = np.arange(state - num_steps + 1, state - num_steps + 1 + len(learning_rate_K), dtype=np.float32)
+        return state, {name: numbers for name in ("loss", "grad_norm", "weight")}
+
+    def evaluate(state):
+        events.append(("evaluate", state))
+        return {"val_loss": state + 0.5}
+
+    def sample(state, progress):
+        assert state == progress.step
+        events.append(("sample", state))
+
+    def save(state, progress, evaluation):
+        assert state == progress.step
+        assert evaluation == ({"val_loss": state + 0.5} if ("evaluate", state) in events else None)
+        events.append(("save", state))
+
+    def report(line):
+        if "val_loss" in line:
+            assert (line["val_loss"], events[-1]) == (line["step"] + 0.5, ("evaluate", line["step"]))
+            return
+        lines.append(line)
+        events.append(("report", line["step"]))
+
+    def should_stop():
+        return stop_after is not None and events[-1][1] >= stop_after
+
+    callbacks = Callbacks(report, evaluate, sample, save, should_stop)
+    stream = CountingStream(start.sequences)
+    state, progress = fit(config, start.step, start, train_step, stream, callbacks, Ledger(), mfu_per_token_rate=1e-9)
+    assert state == progress.step
+    assert stream.position == progress.sequences
+    return events, lines, steps, progress
+
+
+def steps_of(events, kind):
+    return [step for name, step in events if name == kind]
+
+
+intervals = st.integers(1, 9)
+configs = st.builds(
+    make_config,
+    steps=st.integers(1, 30),
+    log=intervals,
+    evaluate=st.just(0) | intervals,
+    sample=st.just(0) | intervals,
+    save=st.just(0) | intervals,
+    per_dispatch=st.integers(1, 8),
+    ramp_tokens=st.sampled_from([0, 100, 1000]),
+)
+
+
+def due(config, kind):
+    """Steps at which an interval ends, and the last."""
+    training = config.training
+    every = {
+        "report": training.log_every_steps,
+        "evaluate": training.eval_every_steps,
+        "sample": training.sample_every_steps,
+        "save": config.checkpoint.every_steps,
+    }[kind]
+    return [s for s in range(1, training.steps + 1) if s == training.steps or (every and s % every == 0)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_intervals_cut_dispatches(config):
+    """Whatever the intervals and the steps of a dispatch, everything happens at the multiples of its interval and at
+    the end, once, with the state of just that step; no dispatch is longer than allowed, nor shorter than need be."""
+    events, lines, _, _ = run(config)
+    for kind in ("report", "evaluate", "sample", "save"):
+        assert steps_of(events, kind) == due(config, kind)
+    assert [line["loss"] for line in lines] == due(config, "report")
+    ends = steps_of(events, "dispatch")
+    boundaries = {step for kind in ("report", "evaluate", "sample", "save") for step in due(config, kind)}
+    for before, after in itertools.pairwise([0, *ends]):
+        assert after - before == config.training.steps_per_dispatch or after in boundaries
+        assert after - before <= config.training.steps_per_dispatch
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs)
+def test_metrics_are_late_but_never_behind_a_checkpoint(config):
+    """Metrics are fetched when the next interval's steps are on their way, so that the device never waits; but an
+    evaluation, a sample or a checkpoint finds all lines of the steps before it written."""
+    events, _, _, _ = run(config)
+    at_rest = set(steps_of(events, "evaluate") + steps_of(events, "sample") + steps_of(events, "save"))
+    for index, (kind, step) in enumerate(events):
+        if kind == "report" and step not in at_rest:
+            assert any(s > step for s in steps_of(events[:index], "dispatch"))
+        if kind in ("evaluate", "sample", "save"):
+            assert steps_of(events[:index], "report") == [s for s in due(config, "report") if s <= step]
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs, st.data())
+def test_resumed_runs_continue(config, data):
+    """From the progress at any step, the same rows, rates and calls follow as in the run that was never stopped,
+    also while the batch ramps up; and rows are consumed in order without a gap."""
+    events, lines, steps, end = run(config)
+    rows = [row for number in sorted(steps) for row in steps[number][0]]
+    assert rows == list(range(end.sequences))
+    progress = Progress()
+    for _ in range(data.draw(st.integers(0, config.training.steps - 1), "resumed at")):
+        progress = progress.advance(batch_size(config.training, progress), T)
+    later_events, later_lines, later_steps, later_end = run(config, start=progress)
+    assert later_end == end
+    assert later_steps == {step: value for step, value in steps.items() if step > progress.step}
+    for kind in ("report", "evaluate", "sample", "save"):
+        assert steps_of(later_events, kind) == [s for s in steps_of(events, kind) if s > progress.step]
+    same = ("step", "tokens", "loss", "learning_rate", "grad_norm")
+    expected = [{name: line[name] for name in same} for line in lines if line["step"] > progress.step]
+    assert [{name: line[name] for name in same} for line in later_lines] == expected
+
+
+def test_rates_and_tokens_are_those_of_the_step():
+    """Each step uses the learning rate and batch of the progress before it; its line names the tokens after it."""
+    config = make_config(steps=12, log=1, ramp_tokens=100, per_dispatch=3)
+    _, lines, steps, _ = run(config)
+    progress = Progress()
+    for number, line in zip(range(1, 13), lines, strict=True):
+        size, rate = batch_size(config.training, progress), learning_rate(config.optimizer, progress)
+        assert len(steps[number][0]) == size
+        assert steps[number][1] == pytest.approx(rate) == line["learning_rate"]
+        progress = progress.advance(size, T)
+        assert line["tokens"] == progress.tokens
+    assert len(steps[1][0]) == 2
+    assert len(steps[12][0]) == 8
+
+
+@pytest.mark.parametrize("per_dispatch", [1, 3])
+@pytest.mark.parametrize("save", [0, 7])
+def test_stop_saves_once_and_ends(save, per_dispatch):
+    """A request to stop is heard after the running dispatch: its last step is reported, saved once, and the last."""
+    events, lines, _, progress = run(make_config(save=save, per_dispatch=per_dispatch), stop_after=7)
+    assert progress.step == max(steps_of(events, "dispatch"))
+    assert 7 <= progress.step < 7 + per_dispatch
+    assert steps_of(events, "save") == [progress.step]
+    assert steps_of(events, "evaluate") == []
+    assert lines[-1]["step"] == progress.step
+    assert events.index(("report", progress.step)) < events.index(("save", progress.step))
+
+
+def test_a_finished_run_does_nothing():
+    config = make_config(steps=3)
+    *_, end = run(config)
+    assert run(config, start=end) == ([], [], {}, end)
+
+
+def test_lines_have_the_names_of_the_documentation():
+    """Scripts read these names; unknown speed, before a step beyond the compiling one, is None and no number."""
+    _, lines, _, _ = run(make_config(steps=2, log=1))
+    names = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait_fraction")
+    assert list(lines[0]) == [*names, "seconds"]
+    assert lines[0]["tokens_per_second"] is lines[0]["mfu"] is lines[0]["data_wait_fraction"] is None
+    assert lines[1]["mfu"] == pytest.approx(lines[1]["tokens_per_second"] * 1e-9)
+    assert 0 < lines[1]["data_wait_fraction"] <= 1
+
+
+def test_seconds_go_on_from_earlier_processes():
+    ledger = Ledger(before=100.0)
+    with ledger("data"):
+        pass
+    assert ledger.wall_seconds > 100
+    assert 0 < ledger.productive_seconds == ledger.seconds["data"] < 1

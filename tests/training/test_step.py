@@ -1,0 +1,243 @@
+"""The train step: accumulation, traced counts, dispatches of several steps, and every mesh."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import MeshConfig, OptimizerConfig
+from gptjax.model.gpt import GPT
+from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh, one_device_mesh
+from gptjax.training.losses import language_model_loss
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.state import TrainState, abstract_state, init_state
+from gptjax.training.step import make_train_step
+
+V, T = 11, 5
+RANDOM = np.random.default_rng(0)
+OPTIMIZER = make_optimizer(OptimizerConfig())
+MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
+
+
+def bigram_state():
+    params = {"embedding": jnp.asarray(np.random.default_rng(1).normal(size=(V, V)), jnp.float32)}
+    return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params))
+
+
+def bigram_apply(variables, tokens, segment_ids, dropout_key):
+    logits = variables["params"]["embedding"][tokens]
+    noise = 0.0 if dropout_key is None else 0.3 * jax.random.normal(dropout_key, logits.shape)
+    return logits + noise, None
+
+
+BIGRAM = language_model_loss(SimpleNamespace(apply=bigram_apply), z_loss=0.01)
+
+
+def bigram_step(**settings):
+    settings = {"dropout_seed": None, "accumulates": True, "compute_dtype": "float32"} | settings
+    return make_train_step(BIGRAM, OPTIMIZER, **settings)
+
+
+def rows(*shape):
+    """Tokens, and a loss mask of unequal weight in every row."""
+    tokens = RANDOM.integers(0, V, (*shape, T + 1)).astype(np.int32)
+    return {
+        "tokens": tokens,
+        "loss_mask": (RANDOM.random(tokens.shape) < RANDOM.random((*shape, 1))).astype(np.float32),
+    }
+
+
+def counts(*values, dtype=np.int32):
+    return np.array(values, dtype)
+
+
+def assert_close(left, right, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), left, right)
+
+
+def test_accumulation_equals_the_large_batch():
+    """Three micro-batches of two are one batch of six, although their masks weigh differently: sums are divided by
+    the whole weight once. A fourth, which is not counted in, changes nothing."""
+    batch = rows(1, 4, 2)
+    large = jax.tree.map(lambda x: x[:, :3].reshape(1, 1, 6, T + 1), batch)
+    rate = counts(0.1, dtype=np.float32)
+    accumulated = bigram_step()(bigram_state(), batch, counts(3), rate, 1)
+    at_once = bigram_step(accumulates=False)(bigram_state(), large, counts(1), rate, 1)
+    assert_close(accumulated, at_once, rtol=1e-5, atol=1e-6)
+    assert float(accumulated[1]["weight"][0]) == large["loss_mask"][..., 1:].sum()
+
+
+def test_metrics_and_update():
+    """`loss` is nats a token without z-loss, `grad_norm` the norm before clipping, and the new parameters are the old
+    ones less learning rate times the optimizer's update of the mean gradient."""
+    batch, state = rows(1, 1, 4), bigram_state()
+    micro = jax.tree.map(lambda x: x[0, 0], batch)
+    grads, sums = jax.grad(BIGRAM, has_aux=True)(state.params, micro, None)
+    grads = jax.tree.map(lambda g: g / sums["weight"], grads)
+    updates, _ = OPTIMIZER.update(grads, state.optimizer, state.params)
+    expected = jax.tree.map(lambda p, u: p - 0.3 * u, state.params, updates)
+    state, metrics = bigram_step(accumulates=False)(state, batch, counts(1), counts(0.3, dtype=np.float32), 1)
+    assert_close(state.params, expected, rtol=1e-5, atol=1e-6)
+    assert int(state.step) == 1
+    assert float(metrics["loss"][0]) == pytest.approx(float(sums["nll"] / sums["weight"]), rel=1e-5)
+    norm = sum(float(jnp.square(g).sum()) for g in jax.tree.leaves(grads)) ** 0.5
+    assert float(metrics["grad_norm"][0]) == pytest.approx(norm, rel=1e-5)
+
+
+def test_counts_and_rates_do_not_recompile():
+    """A batch that ramps up from one to four micro-batches, the warm-up, and dispatches cut to any length run one
+    program: counts, rates and numbers of steps are traced."""
+    step, state = bigram_step(steps_per_dispatch=2), bigram_state()
+    for micro in (1, 2, 3, 4):
+        for num_steps in (1, 2):
+            state, _ = step(
+                state, rows(2, 4, 2), counts(micro, micro), counts(0.1 * micro, 0.2, dtype=np.float32), num_steps
+            )
+    assert step._cache_size() == 1
+    assert int(state.step) == 12
+
+
+def test_dispatch_equals_single_steps():
+    """Steps handed over three, then two at once are bit-equal to single ones, dropout included: its key depends on
+    the step's number alone. What a cut dispatch holds behind its end is not read."""
+    batch = rows(6, 2, 2)
+    num_micro, rates = counts(1, 2, 2, 1, 2, 2), np.linspace(0.1, 0.3, 6).astype(np.float32)
+    single, several = bigram_step(dropout_seed=5), bigram_step(dropout_seed=5, steps_per_dispatch=3)
+    state, losses = bigram_state(), []
+    for k in range(5):
+        at = slice(k, k + 1)
+        state, metrics = single(state, jax.tree.map(lambda x, at=at: x[at], batch), num_micro[at], rates[at], 1)
+        losses.append(float(metrics["loss"][0]))
+    other, found = bigram_state(), []
+    for k, num_steps in ((0, 3), (3, 2)):
+        at = slice(k, k + 3)
+        part = jax.tree.map(lambda x, at=at: x[at], batch)
+        other, metrics = several(other, part, num_micro[at], rates[at], num_steps)
+        found += [float(x) for x in metrics["loss"][:num_steps]]
+    assert found == losses
+    jax.tree.map(np.testing.assert_array_equal, other, state)
+    assert len(set(losses)) == 5
+
+
+def test_dropout_differs_between_steps_and_micro_batches():
+    """The same rows in every step and micro-batch get new draws each time, and no draws without a seed."""
+    same = jax.tree.map(lambda x: np.broadcast_to(x, (1, 2, *x.shape[2:])), rows(1, 1, 4))
+    zero = counts(0.0, dtype=np.float32)
+    step, state, losses = bigram_step(dropout_seed=0), bigram_state(), []
+    for num_micro in (1, 1, 2):
+        state = state._replace(step=jnp.asarray(num_micro - 1 if losses else 0, jnp.int32))
+        state, metrics = step(state, same, counts(num_micro), zero, 1)
+        losses.append(float(metrics["loss"][0]))
+    assert losses[0] == losses[1] != losses[2]
+    plain, state = bigram_step(), bigram_state()
+    state, one = plain(state, same, counts(1), zero, 1)
+    _, two = plain(state, same, counts(2), zero, 1)
+    assert float(one["loss"][0]) == pytest.approx(float(two["loss"][0]), rel=1e-6)
+
+
+def test_state_is_donated_and_stays_float32():
+    state = bigram_state()
+    embedding = state.params["embedding"]
+    state, _ = bigram_step(compute_dtype="bfloat16")(state, rows(1, 1, 2), counts(1), counts(0.1, dtype=np.float32), 1)
+    assert embedding.is_deleted()
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.optimizer[1].mu))} == {jnp.dtype("float32")}
+
+
+def losses_on(mesh, config, start, num_micro=1):
+    """Losses of 20 steps from the same parameters on the same rows."""
+    draw = np.random.default_rng(3)
+    with jax.set_mesh(mesh):
+        model, optimizer = GPT(config), make_optimizer(OptimizerConfig(clip_norm=0.5))
+        loss = language_model_loss(model, z_loss=1e-4)
+        step = make_train_step(loss, optimizer, compute_dtype="float32", dropout_seed=1, accumulates=num_micro > 1)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer))
+        state, losses = jax.device_put(start, shardings), []
+        for _ in range(20):
+            tokens = draw.integers(0, config.vocab_size, (1, num_micro, 8, 9)).astype(np.int32) // 4
+            batch = {"tokens": sharding.put_batch(tokens)}
+            state, metrics = step(state, batch, counts(num_micro), counts(3e-3, dtype=np.float32), 1)
+            losses.append(float(np.asarray(metrics["loss"])[0]))
+        kept = jax.tree.map(lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, shardings)
+        assert all(jax.tree.leaves(kept))
+        return np.array(losses)
+
+
+def test_every_mesh_trains_alike(switched_on):
+    """On each of the ten ways to split eight devices over data, fsdp and tensor, 20 steps of a model with most
+    switches on, dropout included, have the losses of one device within 1e-5."""
+    way = {"scan_layers": False, "remat": "none"}  # the next test's; compiling is what takes the time
+    config = dataclasses.replace(switched_on, num_layers=1, attention_pattern=("local",), context_length=8, **way)
+    with jax.set_mesh(one_device_mesh()):
+        start = jax.device_get(init_state(GPT(config), OPTIMIZER, seed=0))
+    expected = losses_on(one_device_mesh(), config, start)
+    assert expected[-1] < expected[0] - 0.5
+    assert len(MESHES) == 10
+    for axes in MESHES:
+        np.testing.assert_allclose(losses_on(make_mesh(MeshConfig(*axes)), config, start), expected, atol=1e-5, rtol=0)
+
+
+def test_accumulation_on_a_mesh(tiny):
+    """The same with GPT-2's switches, two micro-batches a step, and layers that are scanned and recomputed."""
+    config = dataclasses.replace(tiny, scan_layers=True, remat="full")
+    with jax.set_mesh(one_device_mesh()):
+        start = jax.device_get(init_state(GPT(config), OPTIMIZER, seed=0))
+    found = [losses_on(mesh, config, start, 2) for mesh in (one_device_mesh(), make_mesh(MeshConfig(2, 2, 2)))]
+    np.testing.assert_allclose(*found, atol=1e-5, rtol=0)
+
+
+def test_state_shardings(tiny, mesh):
+    """Parameters and moments are born in the shards that the table gives them, and `abstract_state` says the same."""
+    state = init_state(GPT(tiny), OPTIMIZER, seed=0)
+    expected = {
+        "['embedding']": P("tensor", "fsdp"),
+        "['positions']": P(None, "fsdp"),
+        "['blocks']['attention']['q']['w']": P(None, "fsdp", "tensor"),
+        "['blocks']['attention']['out']['w']": P(None, "tensor", "fsdp"),
+        "['blocks']['feed_forward']['up']['b']": P(None, "tensor"),
+        "['blocks']['feed_forward']['down']['w']": P(None, "tensor", "fsdp"),
+        "['final_norm']['scale']": P("fsdp"),
+    }
+    for tree in (state.params, state.optimizer[1].mu, state.optimizer[1].nu):
+        found = {jax.tree_util.keystr(path): x.sharding.spec for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        assert {name: found[name] for name in expected} == expected
+
+    def compare(leaf, abstract):
+        assert (leaf.shape, leaf.dtype) == (abstract.shape, abstract.dtype)
+        assert leaf.sharding.is_equivalent_to(abstract.sharding, leaf.ndim)
+
+    jax.tree.map(compare, state, abstract_state(GPT(tiny), OPTIMIZER))
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, and of those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("switches", ["default", "grouped queries", "switched on"])
+def test_no_product_contracts_two_dimensions(switches, tiny, switched_on):
+    """XLA's CPU backend is 1.7 times slower at products that sum over two dimensions, as the gradient of a product
+    of three-dimensional arrays does: no product of the whole step, forward or backward, sums over two."""
+    configs = {
+        "default": tiny,
+        "grouped queries": dataclasses.replace(tiny, num_kv_heads=2),
+        "switched on": switched_on,
+    }
+    model = GPT(configs[switches])
+    loss = language_model_loss(model)
+    step = make_train_step(loss, OPTIMIZER, compute_dtype="float32", dropout_seed=0, accumulates=True)
+    state = jax.eval_shape(lambda: init_state(model, OPTIMIZER, seed=0))
+    batch = {"tokens": jax.ShapeDtypeStruct((1, 2, 8, 9), jnp.int32)}
+    program = jax.make_jaxpr(step)(state, batch, counts(2), counts(0.1, dtype=np.float32), 1)
+    products = [e.params["dimension_numbers"][0] for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) > 20
+    assert max(len(left) for left, _ in products) == 1
