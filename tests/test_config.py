@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -117,7 +118,7 @@ def test_resolve_leaves_nothing_open_and_changes_nothing_twice():
 
 
 def test_resolve_refuses_another_vocabulary():
-    with pytest.raises(UserError, match="299.*300"):
+    with pytest.raises(UserError, match=r"299.*300"):
         resolve(Config(model=ModelConfig(vocab_size=299), run_dir="a"), CPUS, TOKENIZER)
 
 
@@ -184,7 +185,7 @@ def test_every_field_has_its_doc():
         body = classes[section.__name__]
         documented = {
             field.target.id: doc.value.value
-            for field, doc in zip(body, body[1:], strict=False)
+            for field, doc in itertools.pairwise(body)
             if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
         }
         assert {f.name for f in dataclasses.fields(section)} == (

@@ -1,6 +1,7 @@
 """Schedules are pure functions of exact progress: their ends, their continuity, and the ramp of the batch."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -56,8 +57,8 @@ def test_continuous_and_falling(schedule, units):
     and after the warm-up the rate never rises."""
     config = dataclasses.replace(CONFIG, schedule=schedule, **units)
     rates = [at_step(config, step) for step in range(1101)]
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) <= 1.01 * 2.0 / 100
-    assert all(a >= b for a, b in zip(rates[100:], rates[101:], strict=False))
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 1.01 * 2.0 / 100
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
     assert max(rates) <= 2.0
 
 
