@@ -473,7 +473,7 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int, model: ModelConfig, trainin
 
 def _require_divides(axis: str, devices: int, name: str, size: int) -> None:
     if size % devices:
-        works = max(n for n in range(1, devices) if size % n == 0)
+        works = max(n for n in range(1, devices) if size % n == 0 and devices % n == 0)
         raise UserError(f"mesh.{axis} {devices} does not divide {name} {size}; the nearest that does is {works}")
 
 
@@ -496,6 +496,7 @@ def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -
             hint = f"; did you mean {where}{near[0]}?" if near else ""
             raise UserError(f"{where}{name} is not a field of the configuration{hint}")
         if dataclasses.is_dataclass(fields[name].type):
+            _require(isinstance(value, Mapping), f"{where}{name} is {value!r}, but must be a section of fields")
             value = from_dict(value, fields[name].type, f"{where}{name}.")
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
@@ -509,8 +510,11 @@ def load_config(path: str | os.PathLike) -> Config:
     """
     path = Path(path)
     if path.suffix == ".json":
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return from_dict({k: v for k, v in values.items() if k != "environment"})
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is no configuration: {error}") from None
+        return from_dict({name: value for name, value in values.items() if name != "environment"})
     _require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
     config = runpy.run_path(str(path)).get("config")
     _require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`")

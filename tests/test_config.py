@@ -81,10 +81,10 @@ def test_refuses_in_one_line(make, words):
         (MeshConfig(data=3), {}, 8, ["data 3", "8 devices"]),
         (MeshConfig(fsdp=3), {}, 8, ["fsdp 3", "8 devices"]),
         (MeshConfig(), {}, 12, ["12 sequences", "8", "training.batch_size", "nearest"]),
-        (MeshConfig(fsdp=8), {"model_dim": 36}, 8, ["mesh.fsdp 8", "model_dim 36", "nearest"]),
+        (MeshConfig(fsdp=8), {"model_dim": 36}, 8, ["mesh.fsdp 8", "model_dim 36", "nearest that does is 4"]),
         (MeshConfig(tensor=8), {}, 8, ["mesh.tensor 8", "num_heads 4", "4"]),
         (MeshConfig(tensor=4), {"num_kv_heads": 2}, 8, ["num_kv_heads 2", "2"]),
-        (MeshConfig(tensor=4), {"ffn_dim": 6}, 8, ["ffn_dim 6", "3"]),
+        (MeshConfig(tensor=4), {"ffn_dim": 6}, 8, ["ffn_dim 6", "that does is 2"]),
     ],
 )
 def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):

@@ -54,17 +54,17 @@ def inside(workplace, monkeypatch) -> Path:
     return workplace
 
 
-def start(workplace: Path, *arguments: str) -> subprocess.Popen:
+def start(workplace: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     """`python train.py` in a process of its own, on one device."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     return subprocess.Popen(
         command, cwd=workplace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run(workplace: Path, *arguments: str) -> tuple[int, str]:
-    process = start(workplace, *arguments)
+def run(workplace: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    process = start(workplace, *arguments, **variables)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -146,6 +146,22 @@ def test_sigterm_saves_and_exits_75(uninterrupted, workplace):
     assert code == 0, output
     assert f"steps {summary['step']} to 12" in output
     assert losses(directory) == losses(uninterrupted)
+
+
+def test_the_step_compiles_once_and_is_kept(workplace, tmp_path):
+    """A ramping batch and cut dispatches are one program, and a second start takes it from the persistent cache."""
+    options = ["tiny.py", "--training.batch-ramp-start", "8", "--training.batch-ramp-tokens", "512"]
+    options += ["--training.steps-per-dispatch", "3", "--checkpoint.every-steps", "5"]
+    variables = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    variables |= {"JAX_LOG_COMPILES": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    kept = []
+    for name in ("first", "second"):
+        code, output = run(workplace, *options, "--run-dir", f"runs/{name}", **variables)
+        assert code == 0, output
+        assert output.count("Compiling jit(train_step)") == 1
+        kept.append({path.name for path in tmp_path.iterdir() if path.name.endswith("-cache")})
+    assert kept[0] == kept[1]
+    assert any("train_step" in name for name in kept[0])
 
 
 def test_finished_run_says_so_and_gives_the_next_command(uninterrupted, inside, capsys):

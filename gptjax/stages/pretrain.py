@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from gptjax.config import Config, resolve, to_dict
+from gptjax.config import Config, DataConfig, resolve, to_dict
 from gptjax.data.loader import RowStream, TokenRows, evaluation_rows
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import PreparedData
@@ -70,6 +70,8 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
                 )
                 return summary
         run_dir.check_writable(directory)
+        if config.data.path == DataConfig().path:
+            console.message("no --data.path: training on the source code of Python's standard library")
         data = prepare(config.data, config.tokenizer, log=console.message)
         if continued:
             _check_same_tokenizer(directory, data.tokenizer)
@@ -91,7 +93,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         run_dir.save_config(directory, config, run_dir.environment())
         data.tokenizer.save(directory / TOKENIZER_FILE)
         _cut_back(directory, progress.step)
-        console.message(_description(config, data, len(rows), progress))
+        console.message(_description(config, data, rows, held_out, progress))
         ledger = Ledger(before=seconds_before)
         stream = RowStream(rows, config.training.seed, progress.sequences)
         callbacks = Callbacks(
@@ -255,12 +257,15 @@ def _saver(
     return save
 
 
-def _description(config: Config, data: PreparedData, num_rows: int, progress: Progress) -> str:
+def _description(
+    config: Config, data: PreparedData, rows: TokenRows, held_out: TokenRows, progress: Progress
+) -> str:
     """What is about to run, in a few lines."""
     device, training = jax.devices()[0], config.training
     counts = parameter_counts(config.model)
     tokens = data.index.splits["train"].tokens
-    epochs = training.steps * training.batch_size / num_rows
+    epochs = training.steps * training.batch_size / len(rows)
+    evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
     mesh = " × ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
     return "\n".join(
         (
@@ -269,6 +274,7 @@ def _description(config: Config, data: PreparedData, num_rows: int, progress: Pr
             f"devices: {jax.device_count()} × {device.device_kind}, mesh {mesh}",
             f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
             f"{epochs:.2g} epochs of {tokens:,} tokens, in {config.run_dir}",
+            f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, from the first",
         )
     )
 

@@ -73,32 +73,35 @@ def fit(
             compiled = True
             history.start(progress)
 
-        stopping = callbacks.should_stop()
-        finished = progress.step == training.steps
-
-        def due(interval: int, step: int = progress.step, finished: bool = finished) -> bool:
-            return finished or (interval > 0 and step % interval == 0)
-
-        if due(training.log_every_steps) or stopping:
+        preempted = callbacks.should_stop() and progress.step < training.steps
+        logs, evaluates, samples, saves = (
+            _is_due(interval, progress.step, training.steps)
+            for interval in (
+                *(training.log_every_steps, training.eval_every_steps, training.sample_every_steps),
+                config.checkpoint.every_steps,
+            )
+        )
+        if logs or preempted:
             last = {name: values[num_steps - 1] for name, values in metrics.items()}
             history.add(progress, float(rates_K[num_steps - 1]), last)
+        if evaluates or samples or saves or preempted:
+            history.rest(progress, metrics)
+        if preempted:  # save at once: whoever asked may not wait for an evaluation
+            with ledger("checkpoint"):
+                callbacks.save(state, progress, None)
         evaluation = None
-        if due(training.eval_every_steps):
-            history.flush()
+        if evaluates:
             with ledger("evaluation"):
                 evaluation = callbacks.evaluate(state)
             callbacks.report({"step": progress.step, "tokens": progress.tokens, **evaluation})
-        if due(training.sample_every_steps):
-            history.flush()
+        if samples:
             with ledger("sample"):
                 callbacks.sample(state, progress)
-        if due(config.checkpoint.every_steps) or stopping:
-            history.flush()
+        if preempted:
+            break
+        if saves:
             with ledger("checkpoint"):
                 callbacks.save(state, progress, evaluation)
-        if stopping:
-            break
-    history.flush()
     return state, progress
 
 
@@ -109,6 +112,10 @@ def _intervals(config: Config) -> list[int]:
         config.checkpoint.every_steps,
     )
     return [interval for interval in intervals if interval]
+
+
+def _is_due(interval: int, step: int, steps: int) -> bool:
+    return step == steps or (interval > 0 and step % interval == 0)
 
 
 def _next_boundary(step: int, intervals: list[int], steps: int) -> int:
@@ -137,31 +144,37 @@ class _History:
 
     def __init__(self, report: Callable, ledger: Ledger, mfu_per_token_rate: float | None):
         self._report, self._ledger, self._mfu_per_token_rate = report, ledger, mfu_per_token_rate
-        self._pending: tuple[Progress, float, Metrics] | None = None
+        self._held: tuple[Progress, float, Metrics] | None = None
+        self._speed: dict[str, float | None] = {"tokens_per_second": None, "mfu": None, "data_wait_fraction": None}
 
     def start(self, progress: Progress) -> None:
-        """Measure speed from here on: what came before includes the compilation."""
+        """Measure speed from here on: the steps so far are done, and the time so far is not counted."""
         self._tokens = progress.tokens
         self._data_seconds = self._ledger.seconds["data"]
         self._productive_seconds = self._ledger.productive_seconds
 
     def add(self, progress: Progress, rate: float, metrics: Metrics) -> None:
         """Hold these metrics, and report those that were held."""
-        self.flush()
-        self._pending = progress, rate, metrics
+        held, self._held = self._held, (progress, rate, metrics)
+        if held is not None:
+            fetched = self._fetch(held[2])
+            # Where the device keeps up with the host, the newest steps are done by now as well, and count.
+            self._measure(progress if _is_done(metrics) else held[0])
+            self._emit(*held[:2], fetched)
 
-    def flush(self) -> None:
-        if self._pending is None:
-            return
-        progress, rate, metrics = self._pending
-        self._pending = None
+    def rest(self, progress: Progress, metrics: Metrics) -> None:
+        """Wait for the newest steps, and report what is held."""
+        self._fetch(metrics)
+        self._measure(progress)
+        if self._held is not None:
+            self._emit(*self._held[:2], self._fetch(self._held[2]))
+            self._held = None
+
+    def _fetch(self, metrics: Metrics) -> Metrics:
         with self._ledger("step"):
-            metrics = jax.device_get(metrics)
-        tokens = progress.tokens - self._tokens  # 0 where the only step so far is the one that compiled
-        seconds = self._ledger.productive_seconds - self._productive_seconds
-        speed = tokens / seconds if tokens else None
-        data_wait = (self._ledger.seconds["data"] - self._data_seconds) / seconds if tokens else None
-        per_rate = self._mfu_per_token_rate
+            return jax.device_get(metrics)
+
+    def _emit(self, progress: Progress, rate: float, metrics: Metrics) -> None:
         self._report(
             {
                 "step": progress.step,
@@ -169,10 +182,25 @@ class _History:
                 "loss": float(metrics["loss"]),
                 "learning_rate": rate,
                 "grad_norm": float(metrics["grad_norm"]),
-                "tokens_per_second": speed,
-                "mfu": None if speed is None or per_rate is None else speed * per_rate,
-                "data_wait_fraction": data_wait,
+                **self._speed,
                 "seconds": self._ledger.wall_seconds,
             }
         )
-        self.start(progress)
+
+    def _measure(self, done: Progress) -> None:
+        """The speed since the last measurement; it stands where no further step is done since."""
+        tokens = done.tokens - self._tokens
+        seconds = self._ledger.productive_seconds - self._productive_seconds
+        if tokens == 0:
+            return
+        speed, per_rate = tokens / seconds, self._mfu_per_token_rate
+        self._speed = {
+            "tokens_per_second": speed,
+            "mfu": None if per_rate is None else speed * per_rate,
+            "data_wait_fraction": (self._ledger.seconds["data"] - self._data_seconds) / seconds,
+        }
+        self.start(done)
+
+
+def _is_done(metrics: Metrics) -> bool:
+    return all(value.is_ready() for value in metrics.values())

@@ -65,11 +65,12 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, num_micro: jax.Array, learning_rate: jax.Array):
         key = None if dropout_seed is None else jax.random.fold_in(jax.random.key(dropout_seed), state.step)
         grads, sums = gradients(state.params, batch, num_micro, key)
-        grads = jax.tree.map(lambda g: g / sums["weight"], grads)
+        weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)  # a batch without labels has no gradient
+        grads = jax.tree.map(lambda g: g / weight, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
         metrics = {
-            "loss": sums["nll"] / sums["weight"],
+            "loss": sums["nll"] / weight,
             "grad_norm": optax.tree.norm(grads),
             "weight": sums["weight"],
         }

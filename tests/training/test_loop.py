@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,8 @@ from gptjax.training.loop import Callbacks, fit
 from gptjax.training.schedule import Progress, batch_size, learning_rate
 
 T, MICRO = 4, 2
+CLOCK = [0.0]
+"""Seconds that the toy's steps have taken."""
 
 
 def make_config(steps=20, log=5, evaluate=0, sample=0, save=0, per_dispatch=1, ramp_tokens=0):
@@ -61,8 +64,9 @@ def run(config, start=Progress(), stop_after=None):  # noqa: B008
             state += 1
             steps[state] = tokens[k, : num_micro_K[k], :, 0].ravel().tolist(), float(learning_rate_K[k])
         events.append(("dispatch", state))
+        CLOCK[0] += num_steps
         numbers = np.arange(state - num_steps + 1, state - num_steps + 1 + len(learning_rate_K), dtype=np.float32)
-        return state, dict.fromkeys(("loss", "grad_norm", "weight"), numbers)
+        return state, dict.fromkeys(("loss", "grad_norm", "weight"), jnp.asarray(numbers))
 
     def evaluate(state):
         events.append(("evaluate", state))
@@ -211,12 +215,20 @@ def test_a_finished_run_does_nothing():
 
 def test_lines_have_the_names_of_the_documentation():
     """Scripts read these names; unknown speed, before a step beyond the compiling one, is None and no number."""
-    _, lines, _, _ = run(make_config(steps=2, log=1))
+    _, lines, _, _ = run(make_config(steps=1, log=1))
     names = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait_fraction")
     assert list(lines[0]) == [*names, "seconds"]
     assert lines[0]["tokens_per_second"] is lines[0]["mfu"] is lines[0]["data_wait_fraction"] is None
-    assert lines[1]["mfu"] == pytest.approx(lines[1]["tokens_per_second"] * 1e-9)
-    assert 0 <= lines[1]["data_wait_fraction"] <= 1
+
+
+@pytest.mark.parametrize("evaluate", [0, 1, 3])
+@pytest.mark.parametrize("log", [1, 2])
+def test_speed_counts_each_token_and_second_once(log, evaluate, monkeypatch):
+    """Where each step takes a second of the clock and nothing else does, every line says one batch a second, also
+    around evaluations, where two lines are fetched at one moment."""
+    monkeypatch.setattr("time.perf_counter", lambda: CLOCK[0])
+    _, lines, _, _ = run(make_config(steps=8, log=log, evaluate=evaluate))
+    assert {line["tokens_per_second"] for line in lines[1:]} == {8 * T}
 
 
 def test_seconds_go_on_from_earlier_processes():
