@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 from gptjax.errors import UserError
 
+MAX_INT = 2**31 - 1  # seeds and counts that a device sees are 32-bit integers
 VOCAB_MULTIPLE = 128  # tensor cores and shardings like a head whose width this divides
 
 
@@ -27,12 +28,17 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _require_range(section: str, values: Any, low: float, high: float, *names: str) -> None:
+def require_range(prefix: str, values: Any, low: float, high: float, *names: str) -> None:
+    """Check that these attributes of `values` lie between the bounds, or are None. NaN does not.
+
+    Raises:
+        UserError: one does not; the message names it with the prefix, as the user writes it.
+    """
     for name in names:
         value = getattr(values, name)
         if value is not None and not low <= value <= high:
-            bound = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-            raise UserError(f"{section}.{name} is {value:g}, but must be {bound}")
+            bound = f"at least {low:g}" if high in (math.inf, MAX_INT) else f"between {low:g} and {high:g}"
+            raise UserError(f"{prefix}{name} is {value:g}, but must be {bound}")
 
 
 @dataclass(frozen=True)
@@ -107,17 +113,17 @@ class ModelConfig:
     """Type of activations; parameters are always float32. None: float32 on CPU, else bfloat16."""
 
     def __post_init__(self):
-        _require_range(
-            "model",
+        require_range(
+            "model.",
             self,
             1,
             math.inf,
             *("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"),
             *("context_length", "vocab_size", "attention_window"),
         )
-        _require_range("model", self, 0, math.inf, "attention_softcap", "logit_softcap", "initializer_std")
-        _require_range("model", self, 0, 1, "rope_fraction")
-        _require_range("model", self, 0, 0.99, "embedding_dropout", "attention_dropout", "residual_dropout")
+        require_range("model.", self, 0, math.inf, "attention_softcap", "logit_softcap", "initializer_std")
+        require_range("model.", self, 0, 1, "rope_fraction")
+        require_range("model.", self, 0, 0.99, "embedding_dropout", "attention_dropout", "residual_dropout")
         if self.head_dim is None:
             divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
             nearest = min(divisors, key=lambda n: (abs(n - self.num_heads), n))
@@ -187,7 +193,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         low = 256 + 16  # every byte and the reserved special tokens
-        _require_range("tokenizer", self, low, 2**24, "vocab_size")
+        require_range("tokenizer.", self, low, 2**24, "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ class MeshConfig:
     """Devices that split heads, feed-forward width and vocabulary between them."""
 
     def __post_init__(self):
-        _require_range("mesh", self, 1, math.inf, "data", "fsdp", "tensor")
+        require_range("mesh.", self, 1, math.inf, "data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
@@ -264,16 +270,16 @@ class OptimizerConfig:
     """Global gradient norm above which the gradient is scaled down. 0: off."""
 
     def __post_init__(self):
-        _require_range(
-            "optimizer",
+        require_range(
+            "optimizer.",
             self,
             0,
             math.inf,
             *("peak_learning_rate", "warmup_steps", "warmup_tokens", "decay_steps", "decay_tokens"),
             *("epsilon", "weight_decay", "clip_norm"),
         )
-        _require_range("optimizer", self, 0, 1, "final_learning_rate_fraction", "wsd_decay_fraction")
-        _require_range("optimizer", self, 0, 0.999999, "beta1", "beta2")
+        require_range("optimizer.", self, 0, 1, "final_learning_rate_fraction", "wsd_decay_fraction")
+        require_range("optimizer.", self, 0, 0.999999, "beta1", "beta2")
         _require(
             not (self.warmup_steps and self.warmup_tokens),
             f"optimizer.warmup_steps {self.warmup_steps} and optimizer.warmup_tokens {self.warmup_tokens} "
@@ -317,22 +323,22 @@ class TrainingConfig:
     """Ask the GPU for bit-reproducible kernels, at some cost in speed. CPU runs always are."""
 
     def __post_init__(self):
-        _require_range(
-            "training",
+        require_range(
+            "training.",
             self,
             1,
             math.inf,
             *("steps", "batch_size", "micro_batch_size", "batch_ramp_start"),
             *("log_every_steps", "steps_per_dispatch", "sample_tokens"),
         )
-        _require_range(
-            "training",
+        require_range(
+            "training.",
             self,
             0,
             math.inf,
             *("batch_ramp_tokens", "z_loss", "eval_every_steps", "eval_sequences", "sample_every_steps"),
         )
-        _require_range("training", self, 0, 2**31 - 1, "seed")
+        require_range("training.", self, 0, MAX_INT, "seed")
         micro = self.resolved_micro_batch_size
         for name in ("batch_size", "batch_ramp_start"):
             size = getattr(self, name)
@@ -372,8 +378,8 @@ class CheckpointConfig:
     """Checkpoints of the lowest validation loss kept."""
 
     def __post_init__(self):
-        _require_range("checkpoint", self, 0, math.inf, "every_steps", "keep_best")
-        _require_range("checkpoint", self, 1, math.inf, "keep_newest")
+        require_range("checkpoint.", self, 0, math.inf, "every_steps", "keep_best")
+        require_range("checkpoint.", self, 1, math.inf, "keep_newest")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_core_imports_without_the_packages_that_gpu_images_lack():
 
     Flax itself imports rich, so it is loaded first, and rich taken away from what follows.
     """
-    code = "import sys, flax.linen\nfor name in [n for n in sys.modules if n.split('.')[0] == 'rich']: del sys.modules[name]\n"
+    code = "import sys, flax.linen\nfor n in [n for n in sys.modules if n.startswith('rich')]: del sys.modules[n]\n"
     code += BLOCK.format(names={"grain", "tyro", "tokenizers", "rich", "filelock"}) + (
         "import gptjax.config, gptjax.model.gpt, gptjax.model.accounting, gptjax.training.step, gptjax.training.loop\n"
         "import gptjax.training.optimizer, gptjax.training.state, gptjax.training.losses, gptjax.sampling.decode\n"

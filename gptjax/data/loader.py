@@ -52,7 +52,7 @@ class RowStream:
     """
 
     def __init__(
-        self, rows: TokenRows, seed: int, position: int = 0, *, num_threads: int = 4, prefetch_rows: int = 128
+        self, rows: TokenRows, seed: int, position: int = 0, *, num_threads: int = 2, prefetch_rows: int = 128
     ):
         self.position = position
         self._num_rows = len(rows)

@@ -17,6 +17,19 @@ from gptjax.model.layers import Linear, Norm, dropout, rotate, softcap
 from gptjax.parallel import sharding
 
 
+class Placement(NamedTuple):
+    """Where a call's tokens stand: the same for all layers, and all that masks are made of."""
+
+    positions: jax.Array
+    """(B, T) position of each token."""
+    kv_positions: jax.Array
+    """(B, S) position of each key: the tokens' own, or those of the cache's slots."""
+    segment_ids: jax.Array | None = None
+    """(B, T) document of each token; None: one document a row."""
+    slot: jax.Array | None = None
+    """First slot of the cache that the tokens are written to; None: there is no cache."""
+
+
 class LayerCache(NamedTuple):
     """Keys and values of one layer, one slot per token, filled from the front."""
 
@@ -104,15 +117,11 @@ class Attention(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        *,
-        positions: jax.Array,
-        kv_positions: jax.Array,
-        segment_ids: jax.Array | None = None,
+        place: Placement,
         cache: LayerCache | None = None,
-        slot: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attend within `x`, or to the cache after writing x's keys and values from `slot` on."""
+        """Attend within `x`, or to the cache after writing x's keys and values into it."""
         c = self.config
         B, T, D = x_BTD.shape
         H = c.resolved_head_dim
@@ -129,18 +138,19 @@ class Attention(nn.Module):
             q_BTNH = Norm("rmsnorm", c.norm_epsilon, axis="head_dim", name="q_norm")(q_BTNH)
             k_BTKH = Norm("rmsnorm", c.norm_epsilon, axis="head_dim", name="k_norm")(k_BTKH)
         if c.positions == "rope":
-            q_BTNH = rotate(q_BTNH, positions, c.rope_base, c.rotary_dim)
-            k_BTKH = rotate(k_BTKH, positions, c.rope_base, c.rotary_dim)
+            q_BTNH = rotate(q_BTNH, place.positions, c.rope_base, c.rotary_dim)
+            k_BTKH = rotate(k_BTKH, place.positions, c.rope_base, c.rotary_dim)
         if cache is not None:
-            cache = LayerCache(*(write_slots(old, new, slot) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
-            k_BTKH, v_BTKH = cache
+            k_BTKH, v_BTKH = cache = LayerCache(
+                write_slots(cache.k_BSKH, k_BTKH, place.slot), write_slots(cache.v_BSKH, v_BTKH, place.slot)
+            )
         out_BTNH = attention(
             q_BTNH,
             k_BTKH,
             v_BTKH,
-            q_positions=positions,
-            kv_positions=kv_positions,
-            segment_ids=segment_ids,
+            q_positions=place.positions,
+            kv_positions=place.kv_positions,
+            segment_ids=place.segment_ids,
             window=self.window,
             softcap=c.attention_softcap,
             keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
-from gptjax.model.attention import Attention, LayerCache, write_slots
+from gptjax.model.attention import Attention, LayerCache, Placement, write_slots
 from gptjax.model.cache import Cache
 from gptjax.model.layers import FeedForward, Norm, add_bias, constant, dropout, matmul, normal, sinusoid, softcap
 from gptjax.parallel import sharding
@@ -36,28 +36,14 @@ class Block(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        *,
-        positions: jax.Array,
-        kv_positions: jax.Array,
-        segment_ids: jax.Array | None = None,
+        place: Placement,
         cache: LayerCache | None = None,
-        slot: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
 
-        def attend(x):
-            return Attention(c, self.window, name="attention")(
-                x,
-                positions=positions,
-                kv_positions=kv_positions,
-                segment_ids=segment_ids,
-                cache=cache,
-                slot=slot,
-                dropout_key=keys[0],
-            )
-
+        attention = Attention(c, self.window, name="attention")
         feed_forward = FeedForward(
             ffn_dim=c.resolved_ffn_dim,
             activation=c.feed_forward,
@@ -70,11 +56,11 @@ class Block(nn.Module):
         attention_norm = make_norm(c, "attention_norm")
         feed_forward_norm = make_norm(c, "feed_forward_norm")
         if c.norm_position == "pre":
-            y, cache = attend(attention_norm(x_BTD))
+            y, cache = attention(attention_norm(x_BTD), place, cache, keys[0])
             x_BTD = x_BTD + dropout(y, c.residual_dropout, keys[1])
             y = feed_forward(feed_forward_norm(x_BTD))
             return x_BTD + dropout(y, c.residual_dropout, keys[2]), cache
-        y, cache = attend(x_BTD)
+        y, cache = attention(x_BTD, place, cache, keys[0])
         x_BTD = attention_norm(x_BTD + dropout(y, c.residual_dropout, keys[1]))
         return feed_forward_norm(x_BTD + dropout(feed_forward(x_BTD), c.residual_dropout, keys[2])), cache
 
@@ -134,9 +120,10 @@ class GPT(nn.Module):
         if self.has_variable("params", "blocks"):  # may come unstacked, which `self.param` would refuse
             blocks = self.get_variable("params", "blocks")
         else:
-            blocks = self.param("blocks", self._init_blocks, x_BTD, positions)
+            blocks = self.param("blocks", self._init_blocks, x_BTD, Placement(positions, positions))
         if cache is None:
-            x_BTD = apply_blocks(c, blocks, x_BTD, positions, segment_ids, keys[1])
+            place = Placement(positions, positions, segment_ids)
+            x_BTD = apply_blocks(c, blocks, x_BTD, place, keys[1])
         else:
             x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache)
         if c.norm_position == "pre":
@@ -173,38 +160,25 @@ class GPT(nn.Module):
             x_BTD = x_BTD + sinusoid(positions, c.model_dim)
         return x_BTD
 
-    def _init_blocks(self, key: jax.Array, x_BTD: jax.Array, positions: jax.Array) -> Params:
+    def _init_blocks(self, key: jax.Array, x_BTD: jax.Array, place: Placement) -> Params:
         block = Block(self.config, window=None, parent=None)
 
         def init(key: jax.Array) -> Params:
-            return block.init(key, x_BTD, positions=positions, kv_positions=positions)["params"]
+            return block.init(key, x_BTD, place)["params"]
 
         return jax.lax.map(init, jax.random.split(key, self.config.num_layers))
 
 
 def apply_blocks(
-    config: ModelConfig,
-    blocks: Params,
-    x_BTD: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array | None,
-    dropout_key: jax.Array | None,
+    config: ModelConfig, blocks: Params, x_BTD: jax.Array, place: Placement, dropout_key: jax.Array | None
 ) -> jax.Array:
     """Run all blocks, unrolled or by scanning over groups of one period of the window pattern."""
     windows, L = config.layer_windows, config.num_layers
     keys_L = None if dropout_key is None else jax.random.split(dropout_key, L)
 
     def block(window: int | None) -> Callable[..., jax.Array]:
-        def apply(x_BTD, params, key):
-            y_BTD, _ = Block(config, window, parent=None).apply(
-                {"params": params},
-                x_BTD,
-                positions=positions,
-                kv_positions=positions,
-                segment_ids=segment_ids,
-                dropout_key=key,
-            )
-            return y_BTD
+        def apply(x_BTD: jax.Array, params: Params, key: jax.Array | None) -> jax.Array:
+            return Block(config, window, parent=None).apply({"params": params}, x_BTD, place, dropout_key=key)[0]
 
         if config.remat == "none":
             return apply
@@ -236,19 +210,12 @@ def apply_blocks_to_cache(
     config: ModelConfig, blocks: Params, x_BTD: jax.Array, positions: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """Run all blocks, each on its layer's cache; always unrolled, so that each cache is updated in place."""
-    positions_BS = write_slots(cache.positions_BS, positions, cache.slot)
+    place = Placement(positions, write_slots(cache.positions_BS, positions, cache.slot), slot=cache.slot)
     layers = []
     for window, params, layer_cache in zip(config.layer_windows, unstack(blocks), cache.layers, strict=True):
-        x_BTD, layer_cache = Block(config, window, parent=None).apply(
-            {"params": params},
-            x_BTD,
-            positions=positions,
-            kv_positions=positions_BS,
-            cache=layer_cache,
-            slot=cache.slot,
-        )
+        x_BTD, layer_cache = Block(config, window, parent=None).apply({"params": params}, x_BTD, place, layer_cache)
         layers.append(layer_cache)
-    return x_BTD, Cache(tuple(layers), positions_BS, cache.slot + positions.shape[1])
+    return x_BTD, Cache(tuple(layers), place.kv_positions, cache.slot + positions.shape[1])
 
 
 def layer(blocks: Params, index: int) -> Params:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from gptjax.config import MAX_INT, require_range
 from gptjax.errors import UserError
 
 
@@ -30,18 +31,10 @@ class SamplingConfig:
     def __post_init__(self):
         if isinstance(self.stop, str):  # one stop string is the common case
             object.__setattr__(self, "stop", (self.stop,))
-        for name, low, high in (
-            ("max_tokens", 1, 2**31 - 1),
-            ("temperature", 0, math.inf),
-            ("top_k", 0, 2**31 - 1),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("seed", 0, 2**31 - 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:  # also refuses NaN
-                bound = f"between {low} and {high}" if high == 1 else f"at least {low}"
-                raise UserError(f"{name} is {value}, but must be {bound}")
+        require_range("", self, 1, MAX_INT, "max_tokens")
+        require_range("", self, 0, MAX_INT, "top_k", "seed")
+        require_range("", self, 0, math.inf, "temperature")
+        require_range("", self, 0, 1, "top_p", "min_p")
         if not 0 < self.repetition_penalty < math.inf:
             raise UserError(
                 f"repetition_penalty is {self.repetition_penalty}, but must be above 0; "

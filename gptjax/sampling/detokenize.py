@@ -19,11 +19,19 @@ class TextStream:
         finish_reason: why the text has ended, or None while it has not.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()):
+    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), given: bytes = b""):
+        """Start a row's text.
+
+        Args:
+            token_bytes: what each token stands for.
+            stop: strings that end the text.
+            given: bytes that the first token repeats from the prompt, and which are no new text.
+        """
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._token_bytes = token_bytes
         self._stop = stop
+        self._given = given
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
@@ -39,7 +47,9 @@ class TextStream:
             if self.finish_reason is not None:
                 break
             self.token_ids.append(token_id)
-            pieces.append(self._take(self._decoder.decode(self._token_bytes[token_id])))
+            raw = self._token_bytes[token_id].removeprefix(self._given)
+            self._given = b""
+            pieces.append(self._take(self._decoder.decode(raw)))
         if self.finish_reason is None and finish_reason is not None:
             pieces.append(self._take(self._decoder.decode(b"", final=True)))
             pieces.append(self._held)

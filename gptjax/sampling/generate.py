@@ -73,9 +73,7 @@ def generate(
     Raises:
         UserError: a prompt leaves no room in the context, or model, tokenizer and sampling do not fit.
     """
-    chunks = _token_chunks(config, params, tokenizer, prompts, sampling, CHUNK_TOKENS)
-    token_bytes = tokenizer.token_bytes()
-    rows = [TextStream(token_bytes, sampling.stop) for _ in prompts]
+    chunks, rows = _start_texts(config, params, tokenizer, prompts, sampling, CHUNK_TOKENS)
     texts = [""] * len(rows)
     for chunk in chunks:
         texts = [text + row.push(*tokens) for text, row, tokens in zip(texts, rows, chunk, strict=True)]
@@ -99,8 +97,7 @@ def stream(
     Raises:
         UserError: as `generate` does, and at the call, not at the first piece.
     """
-    chunks = _token_chunks(config, params, tokenizer, [prompt], sampling, STREAM_CHUNK_TOKENS)
-    row = TextStream(tokenizer.token_bytes(), sampling.stop)
+    chunks, (row,) = _start_texts(config, params, tokenizer, [prompt], sampling, STREAM_CHUNK_TOKENS)
 
     def pieces() -> Iterator[str]:
         for (tokens,) in chunks:
@@ -112,21 +109,31 @@ def stream(
     return pieces()
 
 
-def _token_chunks(
+def _start_texts(
     config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig,
     chunk_tokens: int,
-) -> Iterator[list[Chunk]]:
+) -> tuple[Iterator[list[Chunk]], list[TextStream]]:
+    """The chunks to come, and for each prompt the text to put them into."""
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but model.vocab_size is {config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
+    token_bytes = tokenizer.token_bytes()
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    return generate_tokens(config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens)
+    # Byte-level BPE hangs a space on the word after it, so that the model has hardly seen a word after a lone
+    # space. A prompt that ends in one is continued, from before it, by a token that begins with it.
+    begins_V = np.zeros(config.padded_vocab_size, bool)
+    begins_V[: len(token_bytes)] = [raw.startswith(b" ") for raw in token_bytes]
+    given = [b" " if ids and token_bytes[ids[-1]] == b" " and begins_V.sum() > 1 else b"" for ids in encoded]
+    encoded = [ids[: len(ids) - len(space)] for ids, space in zip(encoded, given, strict=True)]
+    first_BV = np.stack([begins_V if space else np.ones_like(begins_V) for space in given]) if any(given) else None
+    chunks = generate_tokens(config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens, first_BV)
+    return chunks, [TextStream(token_bytes, sampling.stop, space) for space in given]
 
 
 def generate_tokens(
@@ -136,12 +143,15 @@ def generate_tokens(
     sampling: SamplingConfig,
     end_of_text_id: int,
     chunk_tokens: int = CHUNK_TOKENS,
+    first_BV: np.ndarray | None = None,
 ) -> Iterator[list[Chunk]]:
     """Continue prompts of token ids, yielding each time a `Chunk` for every row, until all rows are finished.
 
     An empty prompt starts from the end-of-text token, which stands between documents. Where a prompt and
     `max_tokens` together exceed the context, the row ends with the context (`length`). Stop strings are for
     the caller to see, who may leave the iterator at any time. The chunk's size does not change what is drawn.
+
+    `first_BV` says which tokens a row may begin with; None: any.
 
     Under a mesh the rows are filled up to a number that its batch axes divide.
 
@@ -158,7 +168,9 @@ def generate_tokens(
                 f"must be left to write; the longest prompt that works has {config.context_length - 1}"
             )
     limits = [min(sampling.max_tokens, config.context_length - len(prompt)) for prompt in prompts]
-    return _generate(config, params, prompts, limits, sampling, end_of_text_id, chunk_tokens) if prompts else iter(())
+    if not prompts:
+        return iter(())
+    return _generate(config, params, prompts, limits, sampling, end_of_text_id, chunk_tokens, first_BV)
 
 
 def _generate(
@@ -169,11 +181,12 @@ def _generate(
     sampling: SamplingConfig,
     end_of_text_id: int,
     chunk_tokens: int,
+    first_BV: np.ndarray | None,
 ) -> Iterator[list[Chunk]]:
     params = decoding_params(config, params)
     settings = filter_settings(sampling)
     num_chunks = math.ceil(max(limits) / chunk_tokens)
-    state = _start(config, params, prompts, num_chunks * chunk_tokens, sampling.seed)
+    state = _start(config, params, prompts, num_chunks * chunk_tokens, sampling.seed, first_BV)
     chunks = [Chunk([], None)] * len(prompts)
     for index in range(num_chunks):
         tokens_BN, state = decode_n_tokens(config, params, state, settings, end_of_text_id, chunk_tokens)
@@ -189,7 +202,14 @@ def _generate(
             return
 
 
-def _start(config: ModelConfig, params: Params, prompts: list[list[int]], new_tokens: int, seed: int) -> DecodeState:
+def _start(
+    config: ModelConfig,
+    params: Params,
+    prompts: list[list[int]],
+    new_tokens: int,
+    seed: int,
+    first_BV: np.ndarray | None,
+) -> DecodeState:
     """Prefill the prompts, with room for `new_tokens`."""
     shards = sharding.batch_shards()
     prompts = prompts + prompts[-1:] * (-len(prompts) % shards)
@@ -201,6 +221,9 @@ def _start(config: ModelConfig, params: Params, prompts: list[list[int]], new_to
         seen_BV[row, prompt] = True
     lengths_B = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     logits_BV, cache = prefill(config, params, jnp.asarray(tokens_BT), lengths_B, _bucket(T + new_tokens))
+    if first_BV is not None:
+        filled = np.concatenate([first_BV, np.repeat(first_BV[-1:], len(prompts) - len(first_BV), axis=0)])
+        logits_BV = jnp.where(sharding.reshard(jnp.asarray(filled), "batch", "features"), logits_BV, -jnp.inf)
     return start_decoding(logits_BV, cache, lengths_B, jnp.asarray(seen_BV), row_keys(seed, len(prompts)))
 
 

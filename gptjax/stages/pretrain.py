@@ -257,9 +257,7 @@ def _saver(
     return save
 
 
-def _description(
-    config: Config, data: PreparedData, rows: TokenRows, held_out: TokenRows, progress: Progress
-) -> str:
+def _description(config: Config, data: PreparedData, rows: TokenRows, held_out: TokenRows, progress: Progress) -> str:
     """What is about to run, in a few lines."""
     device, training = jax.devices()[0], config.training
     counts = parameter_counts(config.model)

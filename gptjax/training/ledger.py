@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Ledger:
@@ -24,12 +24,13 @@ class Ledger:
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
-    def __call__(self, kind: str) -> Iterator[None]:
+    def __call__(self, kind: str | Callable[[], str]) -> Iterator[None]:
+        """Count the block's seconds; a function is asked for the kind when the block has ended."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[kind] += time.perf_counter() - start
+            self.seconds[kind if isinstance(kind, str) else kind()] += time.perf_counter() - start
 
     @property
     def wall_seconds(self) -> float:
@@ -38,5 +39,5 @@ class Ledger:
 
     @property
     def productive_seconds(self) -> float:
-        """Seconds of this process that went into training steps and their data."""
+        """Seconds of this process that went into training steps, waiting for their data included."""
         return self.seconds["step"] + self.seconds["data"]

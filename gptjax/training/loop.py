@@ -60,10 +60,16 @@ def fit(
     training, intervals = config.training, _intervals(config)
     history = _History(callbacks.report, ledger, mfu_per_token_rate)
     compiled = False
+    metrics: Metrics = {}
+
+    def data_kind() -> str:
+        # Reading while the device still computes costs nothing: only then is the wait not one for data.
+        return "data" if _is_done(metrics) else "step"
+
     while progress.step < training.steps:
         boundary = _next_boundary(progress.step, intervals, training.steps)
         num_steps = min(training.steps_per_dispatch, boundary - progress.step)
-        with ledger("data"):
+        with ledger(data_kind):
             batch, counts_K, rates_K, progress = _next_batch(config, stream, progress, num_steps)
         with ledger("step" if compiled else "compile"):
             state, metrics = train_step(state, batch, counts_K, rates_K, num_steps)

@@ -110,3 +110,35 @@ def test_top_k_beyond_the_vocabulary(model, tokenizer):
 def test_tokenizer_of_another_model(make_model, tokenizer):
     with pytest.raises(UserError, match=r"tokenizer has 257 tokens, but model\.vocab_size is 100"):
         stream(*make_model(vocab_size=100), tokenizer, "a")
+
+
+SPACED_WORDS = {0: b" fo", 1: b" ba"}
+
+
+class SpaceTokenizer:
+    """Bytes, and two words that carry the space before them, as byte-level BPE makes them."""
+
+    vocab_size = 257
+    end_of_text_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self) -> list[bytes]:
+        return [*(SPACED_WORDS.get(i, bytes([i])) for i in range(256)), b""]
+
+
+def test_prompt_that_ends_in_a_space_goes_on_with_a_word(model):
+    """The first token begins with the prompt's last space, which is not said twice; other prompts begin freely."""
+    tokenizer = SpaceTokenizer()
+    prompts = ["a ", "a", "bc "]
+    completions = generate(*model, tokenizer, prompts, dataclasses.replace(HOT, stop=("\x00no",)))
+    token_bytes = tokenizer.token_bytes()
+    for completion in completions:
+        raw = b"".join(token_bytes[i] for i in completion.token_ids)
+        given = b" " if completion.prompt.endswith(" ") else b""
+        assert raw.startswith(given)
+        assert completion.text == raw.removeprefix(given).decode("utf-8", errors="replace")
+    assert generate(*model, tokenizer, ["a"], HOT)[0].token_ids != completions[0].token_ids
+    pieces = stream(*model, tokenizer, "a ", dataclasses.replace(HOT, stop=("\x00no",)))
+    assert "".join(pieces) == completions[0].text

@@ -231,6 +231,20 @@ def test_speed_counts_each_token_and_second_once(log, evaluate, monkeypatch):
     assert {line["tokens_per_second"] for line in lines[1:]} == {8 * T}
 
 
+def test_waiting_for_data_shows(monkeypatch):
+    """Where reading a batch takes as long as a step, and the device has nothing to do meanwhile, half is waiting."""
+    monkeypatch.setattr("time.perf_counter", lambda: CLOCK[0])
+    take = CountingStream.take
+
+    def slow_take(self, n):
+        CLOCK[0] += 1
+        return take(self, n)
+
+    monkeypatch.setattr(CountingStream, "take", slow_take)
+    _, lines, _, _ = run(make_config(steps=8, log=2))
+    assert {line["data_wait_fraction"] for line in lines[1:]} == {0.5}
+
+
 def test_seconds_go_on_from_earlier_processes():
     ledger = Ledger(before=100.0)
     with ledger("data"):
