@@ -25,8 +25,9 @@ def main(arguments: Sequence[str]) -> int:
         prompts = [prompt for prompt in parsed.prompt for _ in range(parsed.num_samples)]
         model = (run.config.model, run.params, run.tokenizer)
         if parsed.json is None and len(prompts) == 1:
+            pieces = stream(*model, prompts[0], parsed.sampling)
             print(prompts[0], end="", flush=True)
-            for piece in stream(*model, prompts[0], parsed.sampling):
+            for piece in pieces:
                 print(piece, end="", flush=True)
             print()
             return 0

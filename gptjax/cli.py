@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
     """Run an entry point on `sys.argv`; an error that the user can mend is one line and exit status 2."""
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # the reader of our output has seen enough; Python must not complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

@@ -17,28 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from gptjax.checks import MAX_INT, require, require_range, require_types
 from gptjax.errors import UserError
 
-MAX_INT = 2**31 - 1  # seeds and counts that a device sees are 32-bit integers
 VOCAB_MULTIPLE = 128  # tensor cores and shardings like a head whose width this divides
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def require_range(prefix: str, values: Any, low: float, high: float, *names: str) -> None:
-    """Check that these attributes of `values` lie between the bounds, or are None. NaN does not.
-
-    Raises:
-        UserError: one does not; the message names it with the prefix, as the user writes it.
-    """
-    for name in names:
-        value = getattr(values, name)
-        if value is not None and not low <= value <= high:
-            bound = f"at least {low:g}" if high in (math.inf, MAX_INT) else f"between {low:g} and {high:g}"
-            raise UserError(f"{prefix}{name} is {value:g}, but must be {bound}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +95,9 @@ class ModelConfig:
     """Type of activations; parameters are always float32. None: float32 on CPU, else bfloat16."""
 
     def __post_init__(self):
+        if isinstance(self.attention_pattern, str):
+            object.__setattr__(self, "attention_pattern", (self.attention_pattern,))
+        require_types("model.", self)
         require_range(
             "model.",
             self,
@@ -127,19 +112,19 @@ class ModelConfig:
         if self.head_dim is None:
             divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
             nearest = min(divisors, key=lambda n: (abs(n - self.num_heads), n))
-            _require(
+            require(
                 self.model_dim % self.num_heads == 0,
                 f"model.model_dim {self.model_dim} is not divisible by model.num_heads {self.num_heads}; "
                 f"the nearest number of heads that works is {nearest}",
             )
         if self.num_kv_heads is not None:
-            _require(
+            require(
                 self.num_heads % self.num_kv_heads == 0,
                 f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}",
             )
-        _require(len(self.attention_pattern) > 0, "model.attention_pattern is empty; the usual one is dense")
+        require(len(self.attention_pattern) > 0, "model.attention_pattern is empty; the usual one is dense")
         if self.positions == "rope":
-            _require(
+            require(
                 self.rotary_dim % 2 == 0,
                 f"model.rope_fraction {self.rope_fraction:g} of head_dim {self.resolved_head_dim} rotates "
                 f"{self.rotary_dim} dimensions, which must be an even number",
@@ -172,7 +157,7 @@ class ModelConfig:
     @property
     def padded_vocab_size(self) -> int:
         """Columns of the output head: vocab_size rounded up to a multiple of 128."""
-        _require(self.vocab_size is not None, "model.vocab_size is not known before the tokenizer is")
+        require(self.vocab_size is not None, "model.vocab_size is not known before the tokenizer is")
         return VOCAB_MULTIPLE * math.ceil(self.vocab_size / VOCAB_MULTIPLE)
 
     @property
@@ -192,6 +177,7 @@ class TokenizerConfig:
     """Tokens of a bpe tokenizer, special ones included."""
 
     def __post_init__(self):
+        require_types("tokenizer.", self)
         low = 256 + 16  # every byte and the reserved special tokens
         require_range("tokenizer.", self, low, 2**24, "vocab_size")
 
@@ -216,8 +202,9 @@ class DataConfig:
     def __post_init__(self):
         if isinstance(self.path, str):  # one path is the common case in a configuration file
             object.__setattr__(self, "path", (self.path,))
-        _require(len(self.path) > 0, "data.path is empty; give a file, a folder or a glob")
-        _require(
+        require_types("data.", self)
+        require(len(self.path) > 0, "data.path is empty; give a file, a folder or a glob")
+        require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction:g}, but must lie between 0 and 1",
         )
@@ -235,6 +222,7 @@ class MeshConfig:
     """Devices that split heads, feed-forward width and vocabulary between them."""
 
     def __post_init__(self):
+        require_types("mesh.", self)
         require_range("mesh.", self, 1, math.inf, "data", "fsdp", "tensor")
 
 
@@ -270,6 +258,7 @@ class OptimizerConfig:
     """Global gradient norm above which the gradient is scaled down. 0: off."""
 
     def __post_init__(self):
+        require_types("optimizer.", self)
         require_range(
             "optimizer.",
             self,
@@ -280,7 +269,7 @@ class OptimizerConfig:
         )
         require_range("optimizer.", self, 0, 1, "final_learning_rate_fraction", "wsd_decay_fraction")
         require_range("optimizer.", self, 0, 0.999999, "beta1", "beta2")
-        _require(
+        require(
             not (self.warmup_steps and self.warmup_tokens),
             f"optimizer.warmup_steps {self.warmup_steps} and optimizer.warmup_tokens {self.warmup_tokens} "
             "are both set; give one",
@@ -323,6 +312,7 @@ class TrainingConfig:
     """Ask the GPU for bit-reproducible kernels, at some cost in speed. CPU runs always are."""
 
     def __post_init__(self):
+        require_types("training.", self)
         require_range(
             "training.",
             self,
@@ -348,11 +338,11 @@ class TrainingConfig:
                     f"the nearest is {max(1, round(size / micro)) * micro}"
                 )
         start = self.resolved_batch_ramp_start
-        _require(
+        require(
             start <= self.batch_size,
             f"training.batch_ramp_start {start} is larger than training.batch_size {self.batch_size}",
         )
-        _require(
+        require(
             start == self.batch_size or self.batch_ramp_tokens > 0,
             f"training.batch_ramp_start {start} needs training.batch_ramp_tokens, which is 0",
         )
@@ -378,6 +368,7 @@ class CheckpointConfig:
     """Checkpoints of the lowest validation loss kept."""
 
     def __post_init__(self):
+        require_types("checkpoint.", self)
         require_range("checkpoint.", self, 0, math.inf, "every_steps", "keep_best")
         require_range("checkpoint.", self, 1, math.inf, "keep_newest")
 
@@ -395,6 +386,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: str | None = None
     """Folder of the run. None: the next free name under runs/, after the configuration file."""
+
+    def __post_init__(self):
+        require_types("", self)
 
 
 class _Device(Protocol):
@@ -434,7 +428,7 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer) -
         micro_batch_size=training.resolved_micro_batch_size,
         batch_ramp_start=training.resolved_batch_ramp_start,
     )
-    _require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
+    require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
     return dataclasses.replace(
         config,
         model=model,
@@ -450,17 +444,20 @@ def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig) -> MeshConfig:
-    """Fill `mesh.data` and check that the mesh divides devices, batch, heads and widths."""
+    """Fill `mesh.data` and check that the mesh divides devices, batch, heads and widths.
+
+    The vocabulary is checked where it is known already.
+    """
     others = mesh.fsdp * mesh.tensor
     data = mesh.data or max(1, num_devices // others)
-    _require(
+    require(
         data * others == num_devices,
         f"mesh data {data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} = {data * others}, but there are "
         f"{num_devices} devices; each axis must divide {num_devices}, and their product be {num_devices}",
     )
     shards = data * mesh.fsdp
     micro = training.resolved_micro_batch_size
-    _require(
+    require(
         micro % shards == 0,
         f"a batch of {micro} sequences does not divide over mesh data {data} × fsdp {mesh.fsdp} = {shards} devices; "
         f"the nearest training.{'micro_batch_size' if training.micro_batch_size else 'batch_size'} that works is "
@@ -471,9 +468,10 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int, model: ModelConfig, trainin
         ("num_heads", model.num_heads),
         ("num_kv_heads", model.resolved_num_kv_heads),
         ("ffn_dim", model.resolved_ffn_dim),
-        ("padded vocab_size", model.padded_vocab_size),
     ):
         _require_divides("tensor", mesh.tensor, name, size)
+    if model.vocab_size is not None:
+        _require_divides("tensor", mesh.tensor, "padded vocab_size", model.padded_vocab_size)
     return dataclasses.replace(mesh, data=data)
 
 
@@ -502,7 +500,7 @@ def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -
             hint = f"; did you mean {where}{near[0]}?" if near else ""
             raise UserError(f"{where}{name} is not a field of the configuration{hint}")
         if dataclasses.is_dataclass(fields[name].type):
-            _require(isinstance(value, Mapping), f"{where}{name} is {value!r}, but must be a section of fields")
+            require(isinstance(value, Mapping), f"{where}{name} is {value!r}, but must be a section of fields")
             value = from_dict(value, fields[name].type, f"{where}{name}.")
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return kind(**arguments)
@@ -521,14 +519,20 @@ def load_config(path: str | os.PathLike) -> Config:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is no configuration: {error}") from None
         return from_dict({name: value for name, value in values.items() if name != "environment"})
-    _require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
-    config = runpy.run_path(str(path)).get("config")
-    _require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`")
+    require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's Python does
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`")
     return config
 
 
 def _nearest_file(path: Path) -> str:
-    known = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    siblings = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    known = [p.name for p in siblings if p.suffix == ".py" or (p / "config.json").is_file()]
     near = difflib.get_close_matches(path.name, known, n=1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 

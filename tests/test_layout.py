@@ -12,6 +12,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax": 0,  # the lazy gptjax/__init__.py, which anything may import
     "gptjax.config": 0,
     "gptjax.errors": 0,
+    "gptjax.checks": 0,
     "gptjax.presets": 0,
     "gptjax.sampling.config": 0,
     "gptjax.text": 1,
@@ -31,7 +32,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "train": 5,
     "sample": 5,
 }
-STANDARD_LIBRARY_ONLY = ("gptjax.config", "gptjax.errors", "gptjax.presets", "gptjax.sampling.config")
+STANDARD_LIBRARY_ONLY = ("gptjax.config", "gptjax.checks", "gptjax.errors", "gptjax.presets", "gptjax.sampling.config")
 MAX_LINES = 350
 MAX_LINES_OF = {"gptjax/config.py": 600}  # one line of doc under every field of a run
 

@@ -124,6 +124,8 @@ def test_killed_run_resumes_bit_identically(uninterrupted, workplace, killed_aft
     assert process.returncode == -signal.SIGKILL
     code, output = run(workplace, str(directory))
     assert code == 0, output
+    if killed_after > 8:  # saving step 8 has waited for the save of step 4
+        assert "steps 0 to 12" not in output
     assert losses(directory) == losses(uninterrupted)
 
 
@@ -239,6 +241,8 @@ def refusal(arguments: list[str], capsys, main=train.main) -> str:
         (["tiny.py", "--data.path", "latin1.txt"], ["latin1.txt"]),
         (["tiny.py", "--data.path", "short.txt"], ["validation", "tokens"]),
         (["tiny.py", "--model.vocab-size", "1000"], ["1000", "300"]),
+        (["tiny.py", "--training.sample-prompt", "the cat sat on a mat " * 9], ["sample_prompt", "16"]),
+        (["tiny.py", "--tokenizer.kind", "char", "--training.sample-prompt", "Q"], ["'Q'"]),
         (["tiny.py", "--mesh.tensor", "3"], ["3", "8 devices"]),
         (["tiny.py", "--mesh.tensor", "8"], ["num_heads 4", "nearest that does is 4"]),
         (["tiny.py", "--training.micro-batch-size", "4"], ["4 sequences", "8 devices"]),
@@ -254,6 +258,27 @@ def test_bad_input_is_one_line(inside, arguments, expected, capsys):
     error = refusal([*arguments, *(["--run-dir", "runs/refused"] if "--run-dir" not in arguments else [])], capsys)
     assert all(part in error for part in expected), error
     assert not (inside / "runs" / "refused" / "config.json").exists()
+
+
+def test_divergence_keeps_the_checkpoints_from_before(workplace, inside, capsys):
+    """A learning rate that breaks the model ends the run with status 3, an honest summary and no broken checkpoint."""
+    options = ["--optimizer.peak-learning-rate", "1e38", "--checkpoint.every-steps", "1", "--run-dir", "runs/diverged"]
+    assert train.main(["tiny.py", *options, "--optimizer.warmup-steps", "0"]) == cli.EXIT_DIVERGED == 3
+    assert "diverged: step" in capsys.readouterr().out
+    summary = json.loads((inside / "runs" / "diverged" / "summary.json").read_text())
+    assert summary["stopped"] == "diverged"
+    assert summary["step"] >= 1
+    kept = [int(path.name) for path in (inside / "runs" / "diverged" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all(step < summary["step"] for step in kept)
+
+
+def test_the_quickstart_trains_on_the_standard_library(inside, capsys):
+    """The configuration that everyone meets first, for two steps and without its evaluation of everything."""
+    options = ["--training.steps", "2", "--training.eval-sequences", "8", "--tokenizer.vocab-size", "300"]
+    assert train.main([*options, "--training.sample-tokens", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "source code of Python's standard library" in output
+    assert "python sample.py runs/quickstart --prompt 'def '" in output
 
 
 def test_changed_text_is_refused_on_resume(workplace, inside, capsys):

@@ -85,6 +85,7 @@ def prepare(
                 if prepared.index.fingerprint == fingerprint:
                     log(f"data: reused {describe(prepared)}")
                     return prepared
+                _require_replaceable(prepared, data)
             elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} exists and is no prepared data; choose another folder")
             with _written_whole(folder) as partial:
@@ -94,6 +95,19 @@ def prepare(
     prepared = open_prepared(folder)
     log(f"data: built {describe(prepared)}")
     return prepared
+
+
+def _require_replaceable(prepared: PreparedData, data: DataConfig) -> None:
+    """Data is made anew over what was made of the same sources, and over nothing else."""
+    if prepared.index.sources != data.path:
+        raise UserError(
+            f"{prepared.folder} holds data of {' '.join(prepared.index.sources)}, not of {' '.join(data.path)}; "
+            "choose another folder, or remove it"
+        )
+    shards = {shard.file for split in prepared.index.splits.values() for shard in split.shards}
+    strangers = {path.name for path in prepared.folder.iterdir()} - shards - {INDEX_FILE, TOKENIZER_FILE}
+    if strangers:
+        raise UserError(f"{prepared.folder} would be made anew, but also holds {min(strangers)}; choose another folder")
 
 
 def describe(prepared: PreparedData) -> str:

@@ -109,7 +109,7 @@ def source_fingerprint(data: DataConfig) -> str:
         status = file.path.stat()
         version = platform.python_version() if file.entry == STDLIB else status.st_mtime_ns
         entries.append((file.name, status.st_size, version))
-    settings = {"files": sorted(entries, key=str), "text_field": data.text_field, "on_error": data.on_error}
+    settings = {"files": entries, "text_field": data.text_field, "on_error": data.on_error}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

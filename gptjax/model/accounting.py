@@ -17,10 +17,15 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "NVIDIA L40S": 362e12,
     "NVIDIA GeForce RTX 3090": 71e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    "NVIDIA B200": 2250e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
 }
 
 
@@ -86,9 +91,9 @@ def training_flops_per_token(config: ModelConfig, num_tokens: int | None = None)
     return FlopsPerToken(6 * weights, round(12 * N * H * full), round(12 * N * H * causal))
 
 
-def peak_flops(device_kind: str, platform: str) -> float | None:
-    """Peak of one device for bfloat16 matrix products, or None where the table does not know it."""
-    return None if platform == "cpu" else PEAK_BF16_FLOPS.get(device_kind)
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Peak of one device for matrix products in this type, or None where the table does not know it."""
+    return PEAK_BF16_FLOPS.get(device_kind) if dtype == "bfloat16" else None
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, peak: float | None) -> float | None:

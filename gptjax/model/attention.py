@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
-from gptjax.model.layers import Linear, Norm, dropout, rotate, softcap
+from gptjax.model.layers import Linear, Norm, dropout, precision, rotate, softcap
 from gptjax.parallel import sharding
 
 
@@ -91,7 +91,8 @@ def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_id
     # The queries of a group are laid side by side: a gradient that contracts (G, T) at once is slow on CPU.
     q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    logits = jnp.einsum("bkxh,bksh->bkxs", q_BKXH * scale, k_BKSH, preferred_element_type=jnp.float32)
+    einsum = functools.partial(jnp.einsum, precision=precision(q_BTNH))
+    logits = einsum("bkxh,bksh->bkxs", q_BKXH * scale, k_BKSH, preferred_element_type=jnp.float32)
     logits = softcap(logits, cap).reshape(B, K, G, T, S)
     ahead_BTS = q_positions[:, :, None] - kv_positions[:, None, :]
     seen_BTS = ahead_BTS >= 0
@@ -103,7 +104,7 @@ def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_id
     if keep_BNTS is not None:
         weights = weights * keep_BNTS.reshape(B, K, G, T, S)
     weights_BKXS = weights.reshape(B, K, G * T, S).astype(q_BTNH.dtype)
-    out_BKXH = jnp.einsum("bkxs,bksh->bkxh", weights_BKXS, v_BKSH)
+    out_BKXH = einsum("bkxs,bksh->bkxh", weights_BKXS, v_BKSH)
     return out_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

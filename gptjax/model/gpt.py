@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
+from gptjax.errors import UserError
 from gptjax.model.attention import Attention, LayerCache, Placement, write_slots
 from gptjax.model.cache import Cache
 from gptjax.model.layers import FeedForward, Norm, add_bias, constant, dropout, matmul, normal, sinusoid, softcap
@@ -100,11 +101,19 @@ class GPT(nn.Module):
             dropout_key: draws the dropout; without one there is none.
             select_B: one index into T per row: logits of just that token, as a prefill needs.
 
+        Raises:
+            UserError: more tokens than learned positions.
+
         Returns:
             Logits in the compute type, (B, T, V) or (B, 1, V), those of padding columns -inf; and the
             cache with this call's tokens in it.
         """
         c = self.config
+        if c.positions == "learned" and tokens_BT.shape[1] > c.context_length:
+            raise UserError(
+                f"{tokens_BT.shape[1]} tokens are more than the {c.context_length} learned positions of "
+                "model.context_length"
+            )
         dtype = compute_dtype(c)
         if positions is None:
             positions = jax.lax.broadcasted_iota(

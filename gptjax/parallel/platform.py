@@ -25,10 +25,14 @@ def configure(*, deterministic: bool = False) -> None:
 def _cache_dir() -> Path:
     """One folder per kind of processor: XLA's CPU programs use the instructions of the one they were compiled on."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "gptjax" / f"xla-{processor_fingerprint()}"
+
+
+def processor_fingerprint() -> str:
+    """Twelve hexadecimal digits that differ between processors with different instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    kind = hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:12]
-    return root / "gptjax" / f"xla-{kind}"
+    return hashlib.sha256(f"{platform.machine()} {processor}".encode()).hexdigest()[:12]

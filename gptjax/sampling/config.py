@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from gptjax.config import MAX_INT, require_range
+from gptjax.checks import MAX_INT, require_range, require_types
 from gptjax.errors import UserError
 
 
@@ -31,6 +31,7 @@ class SamplingConfig:
     def __post_init__(self):
         if isinstance(self.stop, str):  # one stop string is the common case
             object.__setattr__(self, "stop", (self.stop,))
+        require_types("", self)
         require_range("", self, 1, MAX_INT, "max_tokens")
         require_range("", self, 0, MAX_INT, "top_k", "seed")
         require_range("", self, 0, math.inf, "temperature")

@@ -40,6 +40,7 @@ class DecodeState(NamedTuple):
     """Each row's random key."""
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def decoding_params(config: ModelConfig, params: Params) -> Params:
     """Parameters as the loop reads them: matrices in the compute type and layers unstacked, once and not per token."""
     params = compute_copy(params, compute_dtype(config), MATRICES_READ)

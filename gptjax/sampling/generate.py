@@ -48,7 +48,8 @@ class Completion:
     text: str
     """New text only, without the stop string."""
     token_ids: list[int]
-    """New tokens only, without the end-of-text token; those of a stop string are among them."""
+    """New tokens only, without the end-of-text token; those of a stop string are among them. The first one begins
+    with the prompt's last space, if it ends in one."""
     finish_reason: FinishReason
     """stop: the end-of-text token or a stop string; length: max_tokens or the end of the context."""
 

@@ -1,9 +1,8 @@
 """Pretraining: raw text in, a run directory out. The first of the stages that share step, loop and checkpoints."""
 
 import dataclasses
-import math
+import os
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from gptjax.config import Config, DataConfig, resolve, to_dict
+from gptjax.config import Config, DataConfig, resolve, resolve_mesh, to_dict
 from gptjax.data.loader import RowStream, TokenRows, evaluation_rows
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import PreparedData
@@ -24,22 +23,19 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.generate import generate
+from gptjax.stages import messages
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.ledger import Ledger
-from gptjax.training.loop import Callbacks, fit
+from gptjax.training.loop import Callbacks, Diverged, fit, is_due
 from gptjax.training.losses import language_model_loss
-from gptjax.training.metrics import METRICS_FILE, Console, MetricsLog, plot_loss
+from gptjax.training.metrics import METRICS_FILE, Console, MetricsLog, read_metrics
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.schedule import Progress
 from gptjax.training.signals import stop_on_signals
 from gptjax.training.state import TrainState, abstract_state, init_state
 from gptjax.training.step import TrainStep, make_train_step
-from gptjax.training.summary import Diverged, read_summary, summarize
-
-SAMPLES_FILE = "samples.md"
-TOKENIZER_FILE = "tokenizer.json"
-CHECKPOINTS = "checkpoints"
+from gptjax.training.summary import read_summary, summarize
 
 
 def train(config: Config, *, name: str = "run", console: Console | None = None) -> dict[str, Any]:
@@ -58,17 +54,17 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
             without changing what is there.
     """
     directory = Path(config.run_dir) if config.run_dir else run_dir.next_run_dir(name)
-    config = dataclasses.replace(config, run_dir=str(directory))
+    config = dataclasses.replace(config, run_dir=str(directory), data=_with_absolute_paths(config.data))
     with console or Console() as console:
         continued = (directory / run_dir.CONFIG_FILE).is_file()
         if continued:
             config = _merge_with_saved(config, directory, console)
             summary = read_summary(directory)
             if summary and summary["stopped"] == "finished" and summary["step"] >= config.training.steps:
-                console.message(
-                    f"{directory} is finished: {summary['step']} steps.\n{_next_commands(directory, config)}"
-                )
+                console.message(f"{directory} is finished: {summary['step']} steps")
+                console.message(messages.next_command(directory, config, "finished"))
                 return summary
+        _check_backend(config)
         run_dir.check_writable(directory)
         if config.data.path == DataConfig().path:
             console.message("no --data.path: training on the source code of Python's standard library")
@@ -82,18 +78,19 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
 
 def _pretrain(config: Config, directory: Path, data: PreparedData, console: Console) -> dict[str, Any]:
     """Everything from the first array to the summary, under the mesh."""
-    rows = _rows(data, "train", config)
-    held_out = _rows(data, "validation", config)
+    rows, held_out = _rows(data, "train", config), _rows(data, "validation", config)
+    _check_prompt(config, data.tokenizer)
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer)
     with (
-        checkpoint.open_checkpoints(directory / CHECKPOINTS, config.checkpoint) as manager,
+        checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint) as manager,
         stop_on_signals() as stop,
     ):
         state, progress, seconds_before = _start(model, optimizer, config, directory, data)
+        # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
+        run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
         run_dir.save_config(directory, config, run_dir.environment())
-        data.tokenizer.save(directory / TOKENIZER_FILE)
         _cut_back(directory, progress.step)
-        console.message(_description(config, data, rows, held_out, progress))
+        console.message(messages.description(config, rows, held_out, progress))
         ledger = Ledger(before=seconds_before)
         stream = RowStream(rows, config.training.seed, progress.sequences)
         callbacks = Callbacks(
@@ -103,6 +100,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
             save=_saver(config, manager, data, ledger),
             should_stop=stop,
         )
+        _make_up_evaluation(config, directory, state, progress, callbacks)
         try:
             state, progress = fit(
                 *(config, state, progress, _compile_step(config, model, optimizer), stream, callbacks, ledger),
@@ -110,8 +108,8 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
             )
             stopped = stop.outcome or "finished"
         except Diverged as error:
-            console.message(str(error))
-            stopped = "diverged"
+            console.message(f"diverged: {error}; the checkpoints are from before")
+            progress, stopped = error.progress, "diverged"
         finally:
             stream.close()
         with ledger("checkpoint"):
@@ -119,8 +117,8 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
     if progress.step == config.training.steps and stopped != "diverged":
         stopped = "finished"
     summary = summarize(directory, stopped, progress, ledger, parameter_counts(config.model)["total"])
-    run_dir.write_json(directory / "summary.json", summary)
-    console.message(_closing(summary, directory, config))
+    run_dir.write_json(directory / run_dir.SUMMARY_FILE, summary)
+    console.message(messages.closing(summary, directory, config))
     return summary
 
 
@@ -129,13 +127,45 @@ def _merge_with_saved(config: Config, directory: Path, console: Console) -> Conf
     config, changes = run_dir.merge_resume(saved, config)
     for field, (old, new) in changes.items():
         console.message(f"changed for this run: {field} {old} → {new}")
-    for line in run_dir.environment_changes(environment, run_dir.environment()):
+    rounding = [field for field in changes if field.startswith(("mesh.", "model."))]
+    for line in [*rounding, *run_dir.environment_changes(environment, run_dir.environment())]:
         console.message(f"from here on not bit-identical to an uninterrupted run: {line}")
+    if "training.steps" in changes:
+        floor = config.optimizer.peak_learning_rate * config.optimizer.final_learning_rate_fraction
+        console.message(f"the learning rate keeps its schedule to step {config.optimizer.decay_steps}, then {floor:g}")
     return config
 
 
+def _with_absolute_paths(data: DataConfig) -> DataConfig:
+    """A run that is continued from another folder finds its data."""
+    paths = tuple(path if "://" in path else os.path.abspath(path) for path in data.path)
+    return dataclasses.replace(data, path=paths, prepared_dir=os.path.abspath(data.prepared_dir))
+
+
+def _check_backend(config: Config) -> None:
+    """What can be refused before the data is read."""
+    devices = jax.devices()
+    resolve_mesh(config.mesh, len(devices), config.model, config.training)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if config.training.deterministic and devices[0].platform == "gpu" and "deterministic_ops" not in flags:
+        raise UserError(
+            "training.deterministic needs XLA's flags before JAX starts; train.py sets them, elsewhere call "
+            "gptjax.parallel.platform.configure(deterministic=True) first"
+        )
+
+
+def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
+    """A sample that fails at the first interval would cost the steps before it."""
+    num_tokens = len(tokenizer.encode(config.training.sample_prompt))
+    if num_tokens >= config.model.context_length:
+        raise UserError(
+            f"training.sample_prompt has {num_tokens} tokens, which leaves none of model.context_length "
+            f"{config.model.context_length} to write; at most {config.model.context_length - 1} work"
+        )
+
+
 def _check_same_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    if Tokenizer.load(directory / TOKENIZER_FILE).fingerprint != tokenizer.fingerprint:
+    if Tokenizer.load(directory / run_dir.TOKENIZER_FILE).fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"the text of data.path makes another tokenizer than the one {directory} was trained with; "
             "give the data it was trained on, or start a new run with another --run-dir"
@@ -153,29 +183,41 @@ def _rows(data: PreparedData, split: str, config: Config) -> TokenRows:
 
 def _start(
     model: GPT, optimizer: optax.GradientTransformation, config: Config, directory: Path, data: PreparedData
-) -> tuple[TrainState, Progress, float]:
-    """The state of the newest checkpoint, or a fresh one; its progress; and the seconds it took so far."""
-    steps = checkpoint.all_steps(directory / CHECKPOINTS)
+) -> tuple[TrainState, Progress, dict[str, float]]:
+    """The state of the newest checkpoint, or a fresh one; its progress; and the seconds it took so far, by kind."""
+    checkpoints = directory / run_dir.CHECKPOINTS
+    steps = checkpoint.all_steps(checkpoints)
     if not steps:
-        return init_state(model, optimizer, config.training.seed), Progress(), 0.0
-    metadata = checkpoint.read_metadata(directory / CHECKPOINTS, steps[-1])
+        return init_state(model, optimizer, config.training.seed), Progress(), {}
+    metadata = checkpoint.read_metadata(checkpoints, steps[-1])
     if metadata["data"] != data.index.content_fingerprint:
         raise UserError(
             f"the tokens in {data.folder} are not those that {directory} was trained on: the text of data.path has "
             "changed; bring it back, or start a new run with another --run-dir"
         )
-    state, _ = checkpoint.restore(directory / CHECKPOINTS, steps[-1], abstract_state(model, optimizer))
+    state, _ = checkpoint.restore(checkpoints, steps[-1], abstract_state(model, optimizer))
     return state, Progress(**metadata["progress"]), metadata["seconds"]
 
 
 def _cut_back(directory: Path, step: int) -> None:
     """Drop what the run's logs say of steps after the restored one: they come again."""
     run_dir.cut_metrics(directory / METRICS_FILE, step)
-    samples = directory / SAMPLES_FILE
+    samples = directory / run_dir.SAMPLES_FILE
     if samples.exists():
         sections = re.split(r"^(?=## step \d+$)", samples.read_text(encoding="utf-8"), flags=re.MULTILINE)
         kept = [s for s in sections if not (match := re.match(r"## step (\d+)", s)) or int(match[1]) <= step]
-        samples.write_text("".join(kept), encoding="utf-8")
+        run_dir.write_text(samples, "".join(kept))
+
+
+def _make_up_evaluation(
+    config: Config, directory: Path, state: TrainState, progress: Progress, callbacks: Callbacks
+) -> None:
+    """Evaluate the restored step if the run was told to stop at it, just before its evaluation."""
+    if progress.step == 0 or not is_due(config.training.eval_every_steps, progress.step, config.training.steps):
+        return
+    records = read_metrics(directory / METRICS_FILE)
+    if not any(record["step"] == progress.step and "val_loss" in record for record in records):
+        callbacks.report({"step": progress.step, "tokens": progress.tokens, **callbacks.evaluate(state)})
 
 
 def _compile_step(config: Config, model: GPT, optimizer: optax.GradientTransformation) -> TrainStep:
@@ -193,7 +235,7 @@ def _compile_step(config: Config, model: GPT, optimizer: optax.GradientTransform
 
 def _mfu_per_token_rate(config: Config) -> float | None:
     device = jax.devices()[0]
-    peak = peak_flops(device.device_kind, device.platform)
+    peak = peak_flops(device.device_kind, config.model.compute_dtype)
     return mfu(1.0, training_flops_per_token(config.model).total, jax.device_count(), peak)
 
 
@@ -204,8 +246,6 @@ def _reporter(config: Config, log: MetricsLog, console: Console) -> Callable[[di
             console.log_evaluation(metrics)
             return
         console.log(metrics, config.training.steps)
-        if not math.isfinite(metrics["loss"]):
-            raise Diverged(f"step {metrics['step']}: the loss is {metrics['loss']}; the checkpoints are from before")
 
     return report
 
@@ -234,7 +274,7 @@ def _sampler(
     def sample(state: TrainState, progress: Progress) -> None:
         (completion,) = generate(config.model, state.params, tokenizer, [training.sample_prompt], sampling)
         text = completion.prompt + completion.text
-        with (directory / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+        with (directory / run_dir.SAMPLES_FILE).open("a", encoding="utf-8") as file:
             file.write(f"## step {progress.step}\n\n```\n{text}\n```\n\n")
         console.message(f"sample at step {progress.step}:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 
@@ -247,7 +287,7 @@ def _saver(
     def save(state: TrainState, progress: Progress, metrics: dict[str, float] | None) -> None:
         metadata = {
             "progress": progress._asdict(),
-            "seconds": ledger.wall_seconds,
+            "seconds": ledger.seconds,
             "data": data.index.content_fingerprint,
             "config": to_dict(config),
             "tokenizer": data.tokenizer.to_json(),
@@ -255,53 +295,3 @@ def _saver(
         checkpoint.save(manager, progress.step, state, metadata, metrics)
 
     return save
-
-
-def _description(config: Config, data: PreparedData, rows: TokenRows, held_out: TokenRows, progress: Progress) -> str:
-    """What is about to run, in a few lines."""
-    device, training = jax.devices()[0], config.training
-    counts = parameter_counts(config.model)
-    tokens = data.index.splits["train"].tokens
-    epochs = training.steps * training.batch_size / len(rows)
-    evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
-    mesh = " × ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
-    return "\n".join(
-        (
-            f"model: {counts['total']:,} parameters ({counts['embedding']:,} of them embedding), "
-            f"{config.model.num_layers} layers, context {config.model.context_length}, {config.model.compute_dtype}",
-            f"devices: {jax.device_count()} × {device.device_kind}, mesh {mesh}",
-            f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
-            f"{epochs:.2g} epochs of {tokens:,} tokens, in {config.run_dir}",
-            f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, from the first",
-        )
-    )
-
-
-def _closing(summary: dict[str, Any], directory: Path, config: Config) -> str:
-    """What a user wants to know at the end, and the exact next command."""
-    lines = [f"{summary['stopped']} at step {summary['step']} after {summary['wall_seconds']:.0f} s"]
-    if summary["val_loss"] is not None:
-        lines.append(
-            f"validation: {summary['val_loss']:.4f} nats/token, {summary['val_bits_per_byte']:.4f} bits/byte, "
-            f"perplexity {summary['val_perplexity']:.2f}"
-        )
-    try:
-        plot_loss(directory, directory / "loss.png")
-        plot = "loss.png"
-    except UserError as error:
-        plot = f"no loss.png: {error}"
-    lines.append(
-        f"in {directory}: {run_dir.CONFIG_FILE}, {TOKENIZER_FILE}, {CHECKPOINTS}/, {METRICS_FILE}, {SAMPLES_FILE}, "
-        f"summary.json, {plot}"
-    )
-    return "\n".join([*lines, _next_commands(directory, config, summary["stopped"])])
-
-
-def _next_commands(directory: Path, config: Config, stopped: str = "finished") -> str:
-    run = shlex.quote(str(directory))
-    if stopped != "finished":
-        return f"continue with: python train.py {run}"
-    return (
-        f"next: python sample.py {run} --prompt {shlex.quote(config.training.sample_prompt)}\n"
-        f"or train on: python train.py {run} --training.steps {2 * config.training.steps}"
-    )

@@ -97,10 +97,14 @@ class Tokenizer:
 
     def token_bytes(self) -> list[bytes]:
         """The UTF-8 bytes that each id stands for, in the order of the ids; none for special tokens."""
-        table = [b""] * self.vocab_size
+        return self._token_bytes
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        table, is_char = [b""] * self.vocab_size, self.kind == "char"
         for token, i in self._vocab.items():
             if token not in self.special_token_ids:
-                table[i] = token.encode() if self.kind == "char" else bytes(_BYTE_OF_CHARACTER[c] for c in token)
+                table[i] = token.encode() if is_char else bytes(_BYTE_OF_CHARACTER[c] for c in token)
         return table
 
     @cached_property

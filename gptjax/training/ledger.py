@@ -2,42 +2,52 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+
+KINDS = ("compile", "data", "evaluation", "sample", "checkpoint")
+"""What is counted. `data` is waiting for data: reading while the device computes is part of the step."""
 
 
 class Ledger:
-    """Wall-clock seconds by kind of work; kinds are not nested, so their sum is at most the wall time.
+    """Wall-clock seconds by kind of work. What no block counts is the training steps', so the kinds sum to the wall.
 
     Example:
         ledger = Ledger()
-        with ledger("data"):
-            rows = stream.take(32)
-        ledger.seconds["data"]
+        with ledger("evaluation"):
+            evaluate()
+        ledger.seconds["evaluation"]
     """
 
-    def __init__(self, before: float = 0.0):
-        """`before`: seconds that earlier processes spent on the same run."""
-        self.seconds: dict[str, float] = dict.fromkeys(
-            ("compile", "data", "step", "evaluation", "sample", "checkpoint"), 0.0
-        )
-        self._before = before
+    def __init__(self, before: Mapping[str, float] | None = None):
+        """`before`: the seconds that earlier processes spent on the same run, as their `seconds` said."""
+        self._before = before or {}
+        self._counted = dict.fromkeys(KINDS, 0.0)
         self._start = time.perf_counter()
 
     @contextlib.contextmanager
-    def __call__(self, kind: str | Callable[[], str]) -> Iterator[None]:
-        """Count the block's seconds; a function is asked for the kind when the block has ended."""
+    def __call__(self, kind: str | Callable[[], str | None]) -> Iterator[None]:
+        """Count the block's seconds; a function is asked for the kind when the block has ended, None: a step."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[kind if isinstance(kind, str) else kind()] += time.perf_counter() - start
+            name = kind if isinstance(kind, str) else kind()
+            if name is not None:
+                self._counted[name] += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by kind since the run's first start, `step` among them, without the time between processes."""
+        step = time.perf_counter() - self._start - sum(self._counted.values())
+        return {name: value + self._before.get(name, 0.0) for name, value in (self._counted | {"step": step}).items()}
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds since the run's first start, without the time between its processes."""
-        return self._before + time.perf_counter() - self._start
+        """Their sum."""
+        return sum(self.seconds.values())
 
     @property
     def productive_seconds(self) -> float:
-        """Seconds of this process that went into training steps, waiting for their data included."""
-        return self.seconds["step"] + self.seconds["data"]
+        """Seconds of training steps, waiting for their data included."""
+        seconds = self.seconds
+        return seconds["step"] + seconds["data"]

@@ -12,7 +12,7 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, Params
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint
-from gptjax.training.run_dir import load_run_config
+from gptjax.training.run_dir import CHECKPOINTS, TOKENIZER_FILE, load_run_config
 from gptjax.training.state import abstract_params
 
 
@@ -44,12 +44,12 @@ def load_run(directory: str | os.PathLike, step: int | str = "last") -> Run:
     """
     directory = Path(directory)
     config, _ = load_run_config(directory)
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
     # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round.
     dtype = default_compute_dtype(jax.devices()[0].platform)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
     model = GPT(config.model)
-    checkpoints = directory / "checkpoints"
+    checkpoints = directory / CHECKPOINTS
     number = _step_number(checkpoints, step)
     params = checkpoint.restore_params(checkpoints, number, abstract_params(model))
     return Run(directory, config, tokenizer, model, params, number)

@@ -3,6 +3,7 @@
 Shape suffixes: K steps of a dispatch, A accumulated micro-batches, B sequences of a micro-batch, T tokens.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -23,16 +24,24 @@ class Stream(Protocol):
     def take(self, n: int) -> np.ndarray: ...
 
 
+class Diverged(Exception):
+    """Loss or gradient is no longer a number. Nothing was saved since it was one."""
+
+    def __init__(self, progress: Progress, loss: float, grad_norm: float):
+        super().__init__(f"step {progress.step}: the loss is {loss}, the gradient's norm {grad_norm}")
+        self.progress = progress
+
+
 class Callbacks(NamedTuple):
-    """What the loop calls. `evaluate`, `sample` and `save` find all steps so far done and reported."""
+    """What the loop calls, in this order. `evaluate`, `save` and `sample` find all steps so far done and reported."""
 
     report: Callable[[dict[str, Any]], None]
     """Takes a line of metrics: of training one logging interval late, of an evaluation at once."""
     evaluate: Callable[[TrainState], dict[str, float]]
     """Returns metrics of the state on held-out data."""
-    sample: Callable[[TrainState, Progress], None]
     save: Callable[[TrainState, Progress, dict[str, float] | None], None]
     """Saves the state, with its evaluation's metrics where this step has been evaluated."""
+    sample: Callable[[TrainState, Progress], None]
     should_stop: Callable[[], bool]
     """Asked after each dispatch; True saves and ends the loop."""
 
@@ -52,36 +61,42 @@ def fit(
     Nothing in the loop waits for the device, except where an interval ends: metrics are fetched when the
     next interval's steps are already dispatched, and before an evaluation, sample or checkpoint.
 
+    Before a state is saved, its last steps are known to be finite.
+
     Args:
         config: resolved.
         stream: positioned at `progress.sequences`.
         mfu_per_token_rate: MFU at one token a second; None where the device's peak is unknown.
+
+    Raises:
+        Diverged: a loss or gradient norm is not finite.
     """
     training, intervals = config.training, _intervals(config)
     history = _History(callbacks.report, ledger, mfu_per_token_rate)
     compiled = False
     metrics: Metrics = {}
 
-    def data_kind() -> str:
-        # Reading while the device still computes costs nothing: only then is the wait not one for data.
-        return "data" if _is_done(metrics) else "step"
+    def data_kind() -> str | None:
+        # Reading while the device still computes costs nothing: only then is it no waiting.
+        return "data" if _is_done(metrics) else None
 
     while progress.step < training.steps:
         boundary = _next_boundary(progress.step, intervals, training.steps)
         num_steps = min(training.steps_per_dispatch, boundary - progress.step)
         with ledger(data_kind):
             batch, counts_K, rates_K, progress = _next_batch(config, stream, progress, num_steps)
-        with ledger("step" if compiled else "compile"):
+        if compiled:
             state, metrics = train_step(state, batch, counts_K, rates_K, num_steps)
-            if not compiled:
+        else:
+            with ledger("compile"):
+                state, metrics = train_step(state, batch, counts_K, rates_K, num_steps)
                 jax.block_until_ready(metrics)
-        if not compiled:
             compiled = True
             history.start(progress)
 
         preempted = callbacks.should_stop() and progress.step < training.steps
         logs, evaluates, samples, saves = (
-            _is_due(interval, progress.step, training.steps)
+            is_due(interval, progress.step, training.steps)
             for interval in (
                 *(training.log_every_steps, training.eval_every_steps, training.sample_every_steps),
                 config.checkpoint.every_steps,
@@ -91,23 +106,22 @@ def fit(
             last = {name: values[num_steps - 1] for name, values in metrics.items()}
             history.add(progress, float(rates_K[num_steps - 1]), last)
         if evaluates or samples or saves or preempted:
-            history.rest(progress, metrics)
-        if preempted:  # save at once: whoever asked may not wait for an evaluation
+            history.rest(progress, {name: values[:num_steps] for name, values in metrics.items()})
+        if preempted:  # at once: whoever asked does not wait for an evaluation
             with ledger("checkpoint"):
                 callbacks.save(state, progress, None)
+            break
         evaluation = None
         if evaluates:
             with ledger("evaluation"):
                 evaluation = callbacks.evaluate(state)
             callbacks.report({"step": progress.step, "tokens": progress.tokens, **evaluation})
-        if samples:
-            with ledger("sample"):
-                callbacks.sample(state, progress)
-        if preempted:
-            break
         if saves:
             with ledger("checkpoint"):
                 callbacks.save(state, progress, evaluation)
+        if samples:
+            with ledger("sample"):
+                callbacks.sample(state, progress)
     return state, progress
 
 
@@ -120,7 +134,8 @@ def _intervals(config: Config) -> list[int]:
     return [interval for interval in intervals if interval]
 
 
-def _is_due(interval: int, step: int, steps: int) -> bool:
+def is_due(interval: int, step: int, steps: int) -> bool:
+    """Whether an interval ends at this step; all do at the last, and 0 never does before."""
     return step == steps or (interval > 0 and step % interval == 0)
 
 
@@ -156,29 +171,30 @@ class _History:
     def start(self, progress: Progress) -> None:
         """Measure speed from here on: the steps so far are done, and the time so far is not counted."""
         self._tokens = progress.tokens
-        self._data_seconds = self._ledger.seconds["data"]
-        self._productive_seconds = self._ledger.productive_seconds
+        self._seconds = self._ledger.seconds
 
     def add(self, progress: Progress, rate: float, metrics: Metrics) -> None:
         """Hold these metrics, and report those that were held."""
         held, self._held = self._held, (progress, rate, metrics)
         if held is not None:
-            fetched = self._fetch(held[2])
+            fetched = jax.device_get(held[2])
             # Where the device keeps up with the host, the newest steps are done by now as well, and count.
             self._measure(progress if _is_done(metrics) else held[0])
             self._emit(*held[:2], fetched)
 
     def rest(self, progress: Progress, metrics: Metrics) -> None:
-        """Wait for the newest steps, and report what is held."""
-        self._fetch(metrics)
+        """Wait for the newest steps, report what is held, and refuse what is not finite.
+
+        Args:
+            metrics: of all steps of the newest dispatch.
+        """
+        metrics = jax.device_get(metrics)
         self._measure(progress)
         if self._held is not None:
-            self._emit(*self._held[:2], self._fetch(self._held[2]))
+            self._emit(*self._held[:2], jax.device_get(self._held[2]))
             self._held = None
-
-    def _fetch(self, metrics: Metrics) -> Metrics:
-        with self._ledger("step"):
-            return jax.device_get(metrics)
+        for loss, grad_norm in zip(metrics["loss"], metrics["grad_norm"], strict=True):
+            _require_finite(progress, float(loss), float(grad_norm))
 
     def _emit(self, progress: Progress, rate: float, metrics: Metrics) -> None:
         self._report(
@@ -192,21 +208,29 @@ class _History:
                 "seconds": self._ledger.wall_seconds,
             }
         )
+        _require_finite(progress, float(metrics["loss"]), float(metrics["grad_norm"]))
 
     def _measure(self, done: Progress) -> None:
         """The speed since the last measurement; it stands where no further step is done since."""
         tokens = done.tokens - self._tokens
-        seconds = self._ledger.productive_seconds - self._productive_seconds
         if tokens == 0:
             return
+        now, before = self._ledger.seconds, self._seconds
+        data_seconds = now["data"] - before["data"]
+        seconds = now["step"] - before["step"] + data_seconds
         speed, per_rate = tokens / seconds, self._mfu_per_token_rate
         self._speed = {
             "tokens_per_second": speed,
             "mfu": None if per_rate is None else speed * per_rate,
-            "data_wait_fraction": (self._ledger.seconds["data"] - self._data_seconds) / seconds,
+            "data_wait_fraction": data_seconds / seconds,
         }
         self.start(done)
 
 
 def _is_done(metrics: Metrics) -> bool:
     return all(value.is_ready() for value in metrics.values())
+
+
+def _require_finite(progress: Progress, loss: float, grad_norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise Diverged(progress, loss, grad_norm)

@@ -21,9 +21,15 @@ import jax
 
 from gptjax.config import Config, differences, from_dict, replace_fields, to_dict
 from gptjax.errors import UserError
+from gptjax.parallel.platform import processor_fingerprint
 from gptjax.training.metrics import metrics_line, read_metrics
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+SAMPLES_FILE = "samples.md"
+SUMMARY_FILE = "summary.json"
+PLOT_FILE = "loss.png"
+CHECKPOINTS = "checkpoints"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
 
 MAY_CHANGE = (
@@ -43,9 +49,13 @@ MAY_CHANGE = (
 
 
 def next_run_dir(name: str, root: str | os.PathLike = "runs") -> Path:
-    """The first of `root/name`, `root/name-2`, `root/name-3`, ... that does not exist."""
+    """The first of `root/name`, `root/name-2`, `root/name-3`, ... that does not exist or is an empty folder."""
     candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for path in (Path(root) / candidate for candidate in candidates) if not path.exists())
+    return next(
+        path
+        for path in (Path(root) / candidate for candidate in candidates)
+        if not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    )
 
 
 def check_writable(path: str | os.PathLike) -> None:
@@ -63,11 +73,12 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write plain data so that a reader sees the old file or the new one, and a power cut loses neither."""
-    _write_atomically(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write plain data as JSON, as `write_text` does."""
+    write_text(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, and a power cut loses neither."""
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -91,6 +102,8 @@ def environment() -> dict[str, dict[str, Any]]:
             "device_count": jax.device_count(),
             "process_count": jax.process_count(),
             "cpu_cores": cores,
+            "processor": processor_fingerprint(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
         },
         "source": _source_revision(),
     }
@@ -126,7 +139,9 @@ def _source_revision() -> dict[str, Any]:
 def environment_changes(saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each difference between two environments that may change the bits of a run."""
     relevant = [("versions", name) for name in now["versions"]]
-    relevant += [("devices", name) for name in ("platform", "device_kind", "device_count", "cpu_cores")]
+    relevant += [
+        ("devices", name) for name in ("platform", "device_kind", "device_count", "cpu_cores", "processor", "xla_flags")
+    ]
     return [
         f"{name.replace('_', ' ')} {saved.get(section, {}).get(name)} → {now[section][name]}"
         for section, name in relevant
@@ -195,6 +210,4 @@ def cut_metrics(path: str | os.PathLike, step: int) -> None:
     """
     path = Path(path)
     if path.exists():
-        _write_atomically(
-            path, "".join(metrics_line(record) for record in read_metrics(path) if record["step"] <= step)
-        )
+        write_text(path, "".join(metrics_line(record) for record in read_metrics(path) if record["step"] <= step))

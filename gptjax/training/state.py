@@ -1,5 +1,6 @@
 """What a step carries: parameters, optimizer state and the step's number."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,13 +28,7 @@ def init_params(model: GPT, key: jax.Array) -> Params:
 
 def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """A fresh state under the current mesh."""
-
-    @jax.jit
-    def init(key: jax.Array) -> TrainState:
-        params = init_params(model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return init(jax.random.key(seed))
+    return jax.jit(functools.partial(_new_state, model, optimizer))(jax.random.key(seed))
 
 
 def abstract_params(model: GPT) -> Params:
@@ -43,12 +38,12 @@ def abstract_params(model: GPT) -> Params:
 
 def abstract_state(model: GPT, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, types and shardings of a state under the current mesh, without allocating it: what a restore fills."""
+    return _concrete(jax.eval_shape(functools.partial(_new_state, model, optimizer), jax.random.key(0)))
 
-    def init() -> TrainState:
-        params = init_params(model, jax.random.key(0))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return _concrete(jax.eval_shape(init))
+def _new_state(model: GPT, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = init_params(model, key)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def _concrete(shapes: Any) -> Any:

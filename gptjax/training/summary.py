@@ -10,13 +10,8 @@ import jax
 
 from gptjax.training.ledger import Ledger
 from gptjax.training.metrics import METRICS_FILE, read_metrics
+from gptjax.training.run_dir import SUMMARY_FILE
 from gptjax.training.schedule import Progress
-
-SUMMARY_FILE = "summary.json"
-
-
-class Diverged(Exception):
-    """The loss is no longer a number."""
 
 
 def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger, parameters: int) -> dict[str, Any]:
@@ -44,7 +39,7 @@ def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger,
         "mfu": utilizations[len(utilizations) // 2] if utilizations else None,
         "wall_seconds": ledger.wall_seconds,
         "productive_seconds": ledger.productive_seconds,
-        "seconds": dict(ledger.seconds),
+        "seconds": ledger.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "stopped": stopped,
     }

@@ -107,6 +107,19 @@ def test_a_named_folder_follows_its_sources(many, working_folder):
     assert "something new\n" in documents_of(prepared, "train") + documents_of(prepared, "validation")
 
 
+def test_a_named_folder_of_other_things_is_not_replaced(many, working_folder):
+    """Neither other data nor a stranger's file in the folder is lost."""
+    quietly(many, out_dir="out")
+    (working_folder / "other.txt").write_text("another text\n" * 50)
+    with pytest.raises(UserError, match=r"holds data of many, not of other.txt"):
+        quietly(DataConfig(path=("other.txt",)), out_dir="out")
+    (working_folder / "many" / "000.txt").write_text("something new\n")
+    (working_folder / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"also holds notes.txt"):
+        quietly(many, out_dir="out")
+    assert (working_folder / "out" / "notes.txt").read_text() == "mine"
+
+
 def test_a_prepared_folder_is_a_source_with_its_own_tokenizer(many):
     made, _ = quietly(many, TokenizerConfig(kind="char"), "out")
     opened, line = quietly(DataConfig(path=("out",)), BYTE)

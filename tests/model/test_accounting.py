@@ -90,8 +90,9 @@ def test_flops_of_windows_and_groups():
 
 def test_unknown_peak_stays_unknown():
     """A device that the table does not name exactly has no MFU; a known one has the quotient of the definition."""
-    assert peak_flops("NVIDIA H100 80GB HBM3", "gpu") == 989.4e12
-    assert peak_flops("NVIDIA H100", "gpu") is None
-    assert peak_flops("cpu", "cpu") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989.4e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
+    assert peak_flops("NVIDIA H100", "bfloat16") is None
+    assert peak_flops("cpu", "bfloat16") is None
     assert mfu(1000.0, 2e9, 4, None) is None
     assert mfu(1000.0, 2e9, 4, 1e12) == 0.5

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import MeshConfig
+from gptjax.model.attention import Placement
 from gptjax.model.gpt import GPT, apply_blocks, layer
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh, one_device_mesh
@@ -53,7 +54,7 @@ def test_causality_by_gradient(tiny, pattern, num_layers):
     @jax.jit
     def reads(x_BTD):
         positions = jnp.arange(T)[None]
-        _, vjp = jax.vjp(lambda x: apply_blocks(config, blocks, x, positions, None, None), x_BTD)
+        _, vjp = jax.vjp(lambda x: apply_blocks(config, blocks, x, Placement(positions, positions), None), x_BTD)
         cotangents_TBTD = jnp.eye(T)[:, None, :, None] * directions_TD[None, None]
         return jnp.abs(jax.vmap(vjp)(cotangents_TBTD)[0]).sum(axis=(1, 3)) > 0
 
@@ -178,7 +179,7 @@ def test_post_norm(tiny):
     assert "final_norm" in new_params(tiny)
     x_BTD = jnp.asarray(RANDOM.normal(5.0, 3.0, (2, 16, 32)), jnp.float32)
     positions = jnp.tile(jnp.arange(16), (2, 1))
-    y_BTD = jax.jit(lambda x: apply_blocks(config, params["blocks"], x, positions, None, None))(x_BTD)
+    y_BTD = jax.jit(lambda x: apply_blocks(config, params["blocks"], x, Placement(positions, positions), None))(x_BTD)
     np.testing.assert_allclose(y_BTD.mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(y_BTD.std(-1), 1, atol=1e-3)
 

@@ -25,7 +25,7 @@ from gptjax.sampling.config import SamplingConfig
     ],
 )
 def test_out_of_range(name, value):
-    with pytest.raises(UserError, match=rf"^{name} is {value:g}, but must be [^\n]+$"):
+    with pytest.raises(UserError, match=rf"^{name} is {value}, but must be [^\n]+$"):
         SamplingConfig(**{name: value})
 
 

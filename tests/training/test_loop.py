@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, TrainingConfig
 from gptjax.training.ledger import Ledger
-from gptjax.training.loop import Callbacks, fit
+from gptjax.training.loop import Callbacks, Diverged, fit
 from gptjax.training.schedule import Progress, batch_size, learning_rate
 
 T, MICRO = 4, 2
@@ -91,7 +91,7 @@ def run(config, start=Progress(), stop_after=None):  # noqa: B008
     def should_stop():
         return stop_after is not None and events[-1][1] >= stop_after
 
-    callbacks = Callbacks(report, evaluate, sample, save, should_stop)
+    callbacks = Callbacks(report=report, evaluate=evaluate, save=save, sample=sample, should_stop=should_stop)
     stream = CountingStream(start.sequences)
     state, progress = fit(config, start.step, start, train_step, stream, callbacks, Ledger(), mfu_per_token_rate=1e-9)
     assert state == progress.step
@@ -245,9 +245,45 @@ def test_waiting_for_data_shows(monkeypatch):
     assert {line["data_wait_fraction"] for line in lines[1:]} == {0.5}
 
 
-def test_seconds_go_on_from_earlier_processes():
-    ledger = Ledger(before=100.0)
+def test_seconds_go_on_from_earlier_processes(monkeypatch):
+    """The kinds sum to the wall time of all processes; what no block counts is the steps'."""
+    clock = [5.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    ledger = Ledger(before={"data": 10.0, "step": 100.0})
     with ledger("data"):
-        pass
-    assert ledger.wall_seconds > 100
-    assert 0 < ledger.productive_seconds == ledger.seconds["data"] < 1
+        clock[0] += 2
+    with ledger(lambda: None):
+        clock[0] += 3
+    with ledger("evaluation"):
+        clock[0] += 4
+    clock[0] += 1
+    assert ledger.seconds == {"compile": 0, "data": 12, "evaluation": 4, "sample": 0, "checkpoint": 0, "step": 104}
+    assert ledger.wall_seconds == 120
+    assert ledger.productive_seconds == 116
+
+
+@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
+@pytest.mark.parametrize("log", [1, 7])
+def test_what_is_not_finite_is_never_saved(log, bad):
+    """From the first step whose loss or gradient is no number nothing is saved, whether or not that step is logged."""
+    events, lines = [], []
+
+    def train_step(state, batch, num_micro_K, learning_rate_K, num_steps):
+        numbers = np.ones(len(learning_rate_K), np.float32)
+        broken = np.where(np.arange(state + 1, state + 1 + len(numbers)) >= 6, np.nan, numbers)
+        return state + num_steps, {
+            name: jnp.asarray(broken if name == bad else numbers) for name in ("loss", "grad_norm", "weight")
+        }
+
+    callbacks = Callbacks(
+        report=lines.append,
+        evaluate=lambda state: {},
+        save=lambda state, progress, evaluation: events.append(state),
+        sample=lambda state, progress: None,
+        should_stop=lambda: False,
+    )
+    config = make_config(steps=20, log=log, save=4)
+    with pytest.raises(Diverged, match=r"nan") as error:
+        fit(config, 0, Progress(), train_step, CountingStream(0), callbacks, Ledger(), mfu_per_token_rate=None)
+    assert events == [4]
+    assert 6 <= error.value.progress.step <= 8

@@ -11,6 +11,7 @@ import pytest
 
 from gptjax.config import Config, load_config, replace_fields, resolve
 from gptjax.errors import UserError
+from gptjax.parallel.platform import processor_fingerprint
 from gptjax.training import run_dir
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run_dir import (
@@ -48,7 +49,9 @@ def test_the_next_free_name(tmp_path):
         run = next_run_dir("small", tmp_path / "runs")
         assert run == tmp_path / "runs" / expected
         run.mkdir(parents=True)
-    (tmp_path / "runs" / "small-2").rmdir()
+        assert next_run_dir("small", tmp_path / "runs") == run  # empty: a refused command made it
+        (run / "config.json").touch()
+    (tmp_path / "runs" / "small-2" / "config.json").unlink()
     assert next_run_dir("small", tmp_path / "runs").name == "small-2"
     assert next_run_dir("small") == Path("runs/small")
 
@@ -106,6 +109,8 @@ def test_the_environment_names_versions_devices_and_source():
         "device_count": 8,
         "process_count": 1,
         "cpu_cores": len(os.sched_getaffinity(0)),
+        "processor": processor_fingerprint(),
+        "xla_flags": os.environ["XLA_FLAGS"],
     }
     assert found["source"].keys() == {"git_revision", "git_dirty"}
     assert json.loads(json.dumps(found)) == found

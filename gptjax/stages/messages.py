@@ -1,0 +1,66 @@
+"""What a run says when it starts and when it ends."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.config import Config
+from gptjax.data.loader import TokenRows
+from gptjax.errors import UserError
+from gptjax.model.accounting import parameter_counts
+from gptjax.training import run_dir
+from gptjax.training.metrics import METRICS_FILE, plot_loss
+from gptjax.training.schedule import Progress
+
+
+def description(config: Config, rows: TokenRows, held_out: TokenRows, progress: Progress) -> str:
+    """What is about to run, in a few lines.
+
+    Args:
+        rows: of the training split.
+        held_out: of the validation split.
+    """
+    device, model, training = jax.devices()[0], config.model, config.training
+    counts = parameter_counts(model)
+    epochs = training.steps * training.batch_size / len(rows)
+    evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
+    mesh = " × ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
+    return "\n".join(
+        (
+            f"model: {counts['total']:,} parameters ({counts['embedding']:,} of them embedding), "
+            f"{model.num_layers} layers, context {model.context_length}, {model.compute_dtype}",
+            f"devices: {jax.device_count()} × {device.device_kind}, mesh {mesh}",
+            f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
+            f"{epochs:.2g} epochs of {len(rows) * model.context_length:,} tokens, in {config.run_dir}",
+            f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, from the first",
+        )
+    )
+
+
+def closing(summary: dict[str, Any], directory: Path, config: Config) -> str:
+    """What a user wants to know at the end, where everything lies, and the exact next command. Draws the plot."""
+    lines = [f"{summary['stopped']} at step {summary['step']} after {summary['wall_seconds']:.0f} s"]
+    if summary["val_loss"] is not None:
+        lines.append(
+            f"validation: {summary['val_loss']:.4f} nats/token, {summary['val_bits_per_byte']:.4f} bits/byte, "
+            f"perplexity {summary['val_perplexity']:.2f}"
+        )
+    try:
+        plot_loss(directory, directory / run_dir.PLOT_FILE)
+    except UserError as error:
+        lines.append(f"no {run_dir.PLOT_FILE}: {error}")
+    files = (run_dir.CONFIG_FILE, run_dir.TOKENIZER_FILE, run_dir.CHECKPOINTS, METRICS_FILE, run_dir.SAMPLES_FILE)
+    files = (*files, run_dir.SUMMARY_FILE, run_dir.PLOT_FILE)
+    lines.append(f"in {directory}: {', '.join(name for name in files if (directory / name).exists())}")
+    return "\n".join([*lines, next_command(directory, config, summary["stopped"])])
+
+
+def next_command(directory: Path, config: Config, stopped: str) -> str:
+    """How to sample a finished run, or to continue another."""
+    run = shlex.quote(str(directory))
+    if stopped == "finished":
+        return f"next: python sample.py {run} --prompt {shlex.quote(config.training.sample_prompt)}"
+    return f"continue with: python train.py {run}"
