@@ -4,7 +4,7 @@ Shape suffixes: K steps of a dispatch, A accumulated micro-batches, B sequences 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -95,13 +95,7 @@ def fit(
             history.start(progress)
 
         preempted = callbacks.should_stop() and progress.step < training.steps
-        logs, evaluates, samples, saves = (
-            is_due(interval, progress.step, training.steps)
-            for interval in (
-                *(training.log_every_steps, training.eval_every_steps, training.sample_every_steps),
-                config.checkpoint.every_steps,
-            )
-        )
+        logs, evaluates, saves, samples = (is_due(interval, progress.step, training.steps) for interval in intervals)
         if logs or preempted:
             last = {name: values[num_steps - 1] for name, values in metrics.items()}
             history.add(progress, float(rates_K[num_steps - 1]), last)
@@ -125,13 +119,15 @@ def fit(
     return state, progress
 
 
-def _intervals(config: Config) -> list[int]:
+def _intervals(config: Config) -> tuple[int, int, int, int]:
+    """Steps between lines of metrics, evaluations, checkpoints and samples."""
     training = config.training
-    intervals = (
-        *(training.log_every_steps, training.eval_every_steps, training.sample_every_steps),
+    return (
+        training.log_every_steps,
+        training.eval_every_steps,
         config.checkpoint.every_steps,
+        training.sample_every_steps,
     )
-    return [interval for interval in intervals if interval]
 
 
 def is_due(interval: int, step: int, steps: int) -> bool:
@@ -139,9 +135,9 @@ def is_due(interval: int, step: int, steps: int) -> bool:
     return step == steps or (interval > 0 and step % interval == 0)
 
 
-def _next_boundary(step: int, intervals: list[int], steps: int) -> int:
+def _next_boundary(step: int, intervals: Iterable[int], steps: int) -> int:
     """The next step after `step` at which an interval ends: a dispatch is cut there, never shifted."""
-    return min([steps, *((step // interval + 1) * interval for interval in intervals)])
+    return min([steps, *((step // interval + 1) * interval for interval in intervals if interval)])
 
 
 def _next_batch(config: Config, stream: Stream, progress: Progress, num_steps: int):
