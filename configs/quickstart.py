@@ -34,7 +34,7 @@ config = Config(
         log_every_steps=20,
         eval_every_steps=400,
         sample_every_steps=400,
-        sample_prompt="def ",
+        sample_prompt="def __init__(self",
     ),
     checkpoint=CheckpointConfig(every_steps=200),
 )

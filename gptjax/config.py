@@ -453,7 +453,8 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int, model: ModelConfig, trainin
     require(
         data * others == num_devices,
         f"mesh data {data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} = {data * others}, but there are "
-        f"{num_devices} devices; each axis must divide {num_devices}, and their product be {num_devices}",
+        f"{num_devices} device{'s' * (num_devices > 1)}; each axis must divide {num_devices}, and their product be "
+        f"{num_devices}",
     )
     shards = data * mesh.fsdp
     micro = training.resolved_micro_batch_size

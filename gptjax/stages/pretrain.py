@@ -65,15 +65,15 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
         _check_backend(config)
-        run_dir.check_writable(directory)
-        if config.data.path == DataConfig().path:
-            console.message("no --data.path: training on the source code of Python's standard library")
-        data = prepare(config.data, config.tokenizer, log=console.message)
-        if continued:
-            _check_same_tokenizer(directory, data.tokenizer)
-        config = resolve(config, jax.devices(), data.tokenizer)
-        with jax.set_mesh(make_mesh(config.mesh)):
-            return _pretrain(config, directory, data, console)
+        with run_dir.writable(directory):
+            if config.data.path == DataConfig().path:
+                console.message("no --data.path: training on the source code of Python's standard library")
+            data = prepare(config.data, config.tokenizer, log=console.message)
+            if continued:
+                _check_same_tokenizer(directory, data.tokenizer)
+            config = resolve(config, jax.devices(), data.tokenizer)
+            with jax.set_mesh(make_mesh(config.mesh)):
+                return _pretrain(config, directory, data, console)
 
 
 def _pretrain(config: Config, directory: Path, data: PreparedData, console: Console) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def _sampler(
     config: Config, directory: Path, tokenizer: Tokenizer, console: Console
 ) -> Callable[[TrainState, Progress], None]:
     training = config.training
-    sampling = SamplingConfig(max_tokens=training.sample_tokens, seed=training.seed)
+    sampling = SamplingConfig(max_tokens=training.sample_tokens, temperature=0.7, top_p=0.95, seed=training.seed)
 
     def sample(state: TrainState, progress: Progress) -> None:
         (completion,) = generate(config.model, state.params, tokenizer, [training.sample_prompt], sampling)

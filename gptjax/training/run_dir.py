@@ -4,6 +4,7 @@
 bits: versions, devices and the revision of the source.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import importlib.metadata
@@ -13,7 +14,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,22 @@ def check_writable(path: str | os.PathLike) -> None:
             file.write(b"\0")
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}; choose another folder with --run-dir") from error
+
+
+@contextlib.contextmanager
+def writable(path: str | os.PathLike) -> Iterator[None]:
+    """A folder that was checked to be writable; a refusal leaves none behind that holds nothing.
+
+    Raises:
+        UserError: as `check_writable`.
+    """
+    check_writable(path)
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):  # it holds something
+            Path(path).rmdir()
+        raise
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
