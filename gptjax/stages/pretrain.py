@@ -118,6 +118,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         stopped = "finished"
     summary = summarize(directory, stopped, progress, ledger, parameter_counts(config.model)["total"])
     run_dir.write_json(directory / run_dir.SUMMARY_FILE, summary)
+    console.close()
     console.message(messages.closing(summary, directory, config))
     return summary
 

@@ -111,12 +111,17 @@ class Console:
             return None
         return (steps - now[0]) * (now[1] - first_seconds) / (now[0] - first_step)
 
+    def close(self) -> None:
+        """Leave the bar as it stands; what follows is plain lines below it."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
     def __enter__(self) -> "Console":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.close()
 
 
 def training_line(record: Mapping[str, Any], eta_seconds: float | None) -> str:
