@@ -55,7 +55,7 @@ def evaluate(
         _sums(config, weights, sharding.put_batch(tokens_BT), num_rows, token_bytes) for tokens_BT, num_rows in batches
     ]
     nats, num_tokens, num_bytes = np.sum([[float(x) for x in batch] for batch in sums], axis=0)
-    return Perplexity(nats / num_tokens, int(num_tokens), int(num_bytes))
+    return Perplexity(float(nats / num_tokens), int(num_tokens), int(num_bytes))
 
 
 @functools.partial(jax.jit, static_argnums=0)
