@@ -129,20 +129,27 @@ def test_killed_run_resumes_bit_identically(uninterrupted, workplace, killed_aft
     assert losses(directory) == losses(uninterrupted)
 
 
-def test_sigterm_saves_and_exits_75(uninterrupted, workplace):
-    """SIGTERM between checkpoints: the step it came in is saved, and the run goes on from just there."""
-    directory = workplace / "runs" / "preempted"
+@pytest.mark.parametrize(
+    ("number", "stopped", "status"),
+    [(signal.SIGTERM, "preempted", cli.EXIT_PREEMPTED), (signal.SIGINT, "interrupted", cli.EXIT_INTERRUPTED)],
+)
+def test_a_signal_saves_and_has_its_exit_status(uninterrupted, workplace, number, stopped, status):
+    """A signal between checkpoints: the step it came in is saved, and the run goes on from just there.
+
+    It is sent while the step compiles, so that it can neither come too early nor too late.
+    """
+    directory = workplace / "runs" / stopped
     process = start(workplace, "tiny.py", "--run-dir", str(directory))
     for line in process.stdout:
-        if line.startswith("step  6/12"):
-            process.terminate()
+        if line.startswith("training: steps"):
+            process.send_signal(number)
             break
     output, _ = process.communicate(timeout=120)
     summary = json.loads((directory / "summary.json").read_text())
-    assert process.returncode == cli.EXIT_PREEMPTED == 75, output
-    assert summary["stopped"] == "preempted"
+    assert process.returncode == status == {"preempted": 75, "interrupted": 130}[stopped], output
+    assert summary["stopped"] == stopped
     steps = [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
-    assert max(steps) == summary["step"] >= 6
+    assert steps == [summary["step"]] == [1]
     assert f"python train.py {directory}" in output
     code, output = run(workplace, str(directory))
     assert code == 0, output
