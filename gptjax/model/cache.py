@@ -41,9 +41,3 @@ def empty_cache(config: ModelConfig, batch_size: int, num_slots: int) -> Cache:
     positions = sharding.reshard(jnp.full((batch_size, num_slots), EMPTY, jnp.int32), "batch", "sequence")
     layers = tuple(LayerCache(zeros(), zeros()) for _ in range(config.num_layers))
     return Cache(layers, positions, jnp.zeros((), jnp.int32))
-
-
-def cache_bytes(config: ModelConfig, batch_size: int, num_slots: int) -> int:
-    """Bytes of a cache's keys and values."""
-    per_token = 2 * config.num_layers * config.resolved_num_kv_heads * config.resolved_head_dim
-    return batch_size * num_slots * per_token * compute_dtype(config).itemsize
