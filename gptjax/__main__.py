@@ -1,28 +1,12 @@
-"""`python -m gptjax COMMAND`: everything that is neither training nor sampling."""
+"""`python -m gptjax COMMAND`: everything that is neither training nor sampling, one file in commands/ each."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
 
 from gptjax import cli
+from gptjax.commands import prepare
 from gptjax.errors import UserError
 
-
-def prepare(arguments: Sequence[str]) -> int:
-    """Turn text into token shards that `train.py --data.path` opens."""
-    parsed = cli.parse_prepare(arguments)
-
-    from gptjax.data import prepare as preparation
-
-    log = print if parsed.json != "-" else cli.print_to_stderr
-    prepared = preparation.prepare(parsed.data, parsed.tokenizer, parsed.out, log=log)
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            print(json.dumps({"folder": str(prepared.folder)} | dataclasses.asdict(prepared.index)), file=file)
-    return 0
-
-
-COMMANDS = {"prepare": prepare}
+COMMANDS = {"prepare": prepare.main}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from gptjax.config import Config, DataConfig, TokenizerConfig, load_config
+from gptjax.config import Config, load_config
 from gptjax.errors import UserError
 from gptjax.sampling.config import SamplingConfig
 
@@ -104,37 +103,6 @@ def parse_sample(arguments: Sequence[str]) -> tuple[Path, SampleArguments]:
     if run is None:
         raise UserError("no run given; write: python sample.py RUN --prompt TEXT")
     return Path(run), parsed
-
-
-@dataclass(frozen=True)
-class PrepareArguments:
-    """What `python -m gptjax prepare` was asked for."""
-
-    out: str | None = None
-    """Folder for shards, index and tokenizer. None: the one under data.prepared_dir where train.py looks."""
-    json: str | None = None
-    """File for the folder and its index as one JSON object; - is standard output. None: none."""
-    data: DataConfig = field(default_factory=DataConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-
-
-def parse_prepare(arguments: Sequence[str]) -> PrepareArguments:
-    """Read `SOURCE ... [--out DIR] [--data.field value ...] [--tokenizer.field value ...]`.
-
-    Raises:
-        SystemExit: tyro's, as for `parse_train`.
-    """
-    import tyro
-
-    sources = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
-    data = DataConfig(path=tuple(sources)) if sources else DataConfig()
-    return tyro.cli(
-        PrepareArguments,
-        default=PrepareArguments(data=data),
-        args=arguments[len(sources) :],
-        prog="python -m gptjax prepare SOURCE ...",
-        description="Turn text into token shards that train.py --data.path opens.",
-    )
 
 
 @contextlib.contextmanager

@@ -175,6 +175,8 @@ class TokenizerConfig:
     """bpe: byte-level byte-pair encoding trained on the data; byte: UTF-8 bytes; char: the data's characters."""
     vocab_size: int = 8192
     """Tokens of a bpe tokenizer, special ones included."""
+    path: str | None = None
+    """A tokenizer.json, or GPT-2's folder of encoder.json and vocab.bpe, to use as it is. None: kind and data decide."""
 
     def __post_init__(self):
         require_types("tokenizer.", self)
@@ -187,9 +189,11 @@ class DataConfig:
     """What to train on."""
 
     path: tuple[str, ...] = ("stdlib://",)
-    """Files, folders, globs or prepared folders. stdlib:// is the source code of Python's standard library."""
+    """Files, folders, globs, hf://OWNER/NAME[/glob], or a prepared folder. stdlib:// is Python's own library."""
+    weights: tuple[float, ...] = ()
+    """Share of the training tokens that each entry of path gives, in proportion. Empty: they are one source."""
     text_field: str = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Field of a .jsonl line, or column of a .parquet file, that holds the text."""
     on_error: Literal["stop", "skip"] = "stop"
     """A file or line that cannot be read stops the run, or is counted and skipped."""
     validation_fraction: float = 0.05
@@ -198,12 +202,16 @@ class DataConfig:
     """Which documents are held out: by hash of their text, or the last ones. auto: position below 100 documents."""
     prepared_dir: str = "data"
     """Folder under which token shards are kept, and found again when nothing changed."""
+    separate_documents: bool = False
+    """Documents packed into one sequence do not see each other, and each starts at position 0."""
 
     def __post_init__(self):
         if isinstance(self.path, str):  # one path is the common case in a configuration file
             object.__setattr__(self, "path", (self.path,))
         require_types("data.", self)
         require(len(self.path) > 0, "data.path is empty; give a file, a folder or a glob")
+        for weight in self.weights:
+            require(0 < weight < math.inf, f"data.weights has {weight:g}, but each must be a positive number")
         require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction:g}, but must lie between 0 and 1",
@@ -310,6 +318,8 @@ class TrainingConfig:
     """Optimizer steps handed to the device at once; more helps when a step takes about a millisecond."""
     deterministic: bool = False
     """Ask the GPU for bit-reproducible kernels, at some cost in speed. CPU runs always are."""
+    log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go beside metrics.jsonl; each needs its own package."""
 
     def __post_init__(self):
         require_types("training.", self)

@@ -28,6 +28,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.serving": 4,
     "gptjax.runs": 4,
     "gptjax.cli": 5,
+    "gptjax.commands": 5,
     "gptjax.__main__": 5,
     "train": 5,
     "sample": 5,

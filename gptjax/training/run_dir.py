@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "training.eval_sequences",
     "training.sample_*",
     "training.steps_per_dispatch",
+    "training.log_to",
     "checkpoint.*",
 )
 

@@ -247,7 +247,7 @@ def test_every_mesh_computes_the_same(switched_on):
     expected = compute()
     for mesh in (one_device_mesh(), make_mesh(MeshConfig(2, 2, 2))):
         with jax.set_mesh(mesh):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), compute(), expected)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), compute(), expected)
 
 
 def test_padding_columns(small):
