@@ -176,7 +176,7 @@ class TokenizerConfig:
     vocab_size: int = 8192
     """Tokens of a bpe tokenizer, special ones included."""
     path: str | None = None
-    """A tokenizer.json, or GPT-2's folder of encoder.json and vocab.bpe, to use as it is. None: kind and data decide."""
+    """A tokenizer.json, or GPT-2's folder (encoder.json, vocab.bpe), to use as it is. None: kind and data decide."""
 
     def __post_init__(self):
         require_types("tokenizer.", self)
