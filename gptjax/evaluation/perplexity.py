@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_copy, compute_dtype
-from gptjax.training.losses import cross_entropy
+from gptjax.training.losses import cross_entropy, separate_documents
 
 
 class Perplexity(NamedTuple):
@@ -42,26 +42,37 @@ def evaluate(
     params: Params,
     batches: Iterable[tuple[np.ndarray, int]],
     token_bytes_V: np.ndarray,
+    separator: int | None = None,
 ) -> Perplexity:
     """Predict every label of the batches once, each row on its own, under the current mesh.
 
     Args:
         batches: (B, T+1) int32 token ids, with the number of rows that count: the last batch is filled up.
         token_bytes_V: UTF-8 bytes that each token stands for.
+        separator: the token between documents that do not see each other; None: they do.
     """
     weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
     token_bytes = sharding.reshard(jnp.asarray(token_bytes_V, jnp.int32), "features")
     sums = [  # dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64
-        _sums(config, weights, sharding.put_batch(tokens_BT), num_rows, token_bytes) for tokens_BT, num_rows in batches
+        _sums(config, weights, sharding.put_batch(tokens_BT), num_rows, token_bytes, separator)
+        for tokens_BT, num_rows in batches
     ]
     nats, num_tokens, num_bytes = np.sum([[float(x) for x in batch] for batch in sums], axis=0)
     return Perplexity(float(nats / num_tokens), int(num_tokens), int(num_bytes))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(config: ModelConfig, params: Params, tokens_BT: jax.Array, num_rows: int, token_bytes: jax.Array):
-    labels_BT = tokens_BT[:, 1:]
-    logits_BTV, _ = GPT(config).apply({"params": params}, tokens_BT[:, :-1])
+@functools.partial(jax.jit, static_argnames=("config", "separator"))
+def _sums(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    num_rows: int,
+    token_bytes: jax.Array,
+    separator: int | None,
+):
+    inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    places = {} if separator is None else separate_documents(inputs_BT, separator)
+    logits_BTV, _ = GPT(config).apply({"params": params}, inputs_BT, **places)
     nll_BT, _ = cross_entropy(logits_BTV, labels_BT)
     row_BT = jax.lax.broadcasted_iota(jnp.int32, labels_BT.shape, 0, out_sharding=sharding.spec("batch", "sequence"))
     counts_BT = row_BT < num_rows

@@ -103,7 +103,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         _make_up_evaluation(config, directory, state, progress, callbacks)
         try:
             state, progress = fit(
-                *(config, state, progress, _compile_step(config, model, optimizer), stream, callbacks, ledger),
+                *(config, state, progress, _compile_step(config, model, optimizer, data.tokenizer), stream, callbacks, ledger),
                 mfu_per_token_rate=_mfu_per_token_rate(config),
             )
             stopped = stop.outcome or "finished"
@@ -221,11 +221,17 @@ def _make_up_evaluation(
         callbacks.report({"step": progress.step, "tokens": progress.tokens, **callbacks.evaluate(state)})
 
 
-def _compile_step(config: Config, model: GPT, optimizer: optax.GradientTransformation) -> TrainStep:
+def _separator(config: Config, tokenizer: Tokenizer) -> int | None:
+    return tokenizer.end_of_text_id if config.data.separate_documents else None
+
+
+def _compile_step(
+    config: Config, model: GPT, optimizer: optax.GradientTransformation, tokenizer: Tokenizer
+) -> TrainStep:
     c, training = config.model, config.training
     drops = c.embedding_dropout or c.attention_dropout or c.residual_dropout
     return make_train_step(
-        language_model_loss(model, training.z_loss),
+        language_model_loss(model, training.z_loss, _separator(config, tokenizer)),
         optimizer,
         compute_dtype=c.compute_dtype,
         dropout_seed=training.seed if drops else None,
@@ -256,7 +262,8 @@ def _evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callabl
     batch_size, limit = config.training.resolved_micro_batch_size, config.training.eval_sequences
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        found = evaluate(config.model, state.params, evaluation_rows(rows, batch_size, limit), token_bytes)
+        batches = evaluation_rows(rows, batch_size, limit)
+        found = evaluate(config.model, state.params, batches, token_bytes, _separator(config, tokenizer))
         return {
             "val_loss": found.nats_per_token,
             "val_bits_per_byte": found.bits_per_byte,

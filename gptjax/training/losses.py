@@ -15,7 +15,7 @@ from gptjax.model.gpt import GPT, Params
 
 Batch = Mapping[str, jax.Array]
 """`tokens` (B, T+1) int32: inputs and, shifted by one, labels. Optional: `loss_mask` (B, T+1), 1 where a token
-is to be predicted; `segment_ids` (B, T+1), the document of each token."""
+is to be predicted; `segment_ids` (B, T+1), the document of each token; `positions` (B, T+1) within it."""
 
 Loss = Callable[[Params, Batch, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -56,16 +56,36 @@ def _cross_entropy_backward(residuals, gradients):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def language_model_loss(model: GPT, z_loss: float = 0.0) -> Loss:
+def separate_documents(tokens_BT: jax.Array, separator: int) -> dict[str, jax.Array]:
+    """`segment_ids` and `positions`, both (B, T), with which packed documents do not see each other.
+
+    A separator belongs to the document it precedes, at position 0: the end of a document is predicted from that
+    document, and the first token of the next from the separator alone, just as text is generated from nothing.
+    """
+    starts_BT = tokens_BT == separator
+    index_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=jax.typeof(tokens_BT).sharding)
+    return {
+        "segment_ids": jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32),
+        "positions": index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1),
+    }
+
+
+def language_model_loss(model: GPT, z_loss: float = 0.0, separator: int | None = None) -> Loss:
     """Next-token cross-entropy plus `z_loss` · log²Z (PaLM, Chowdhery et al. 2022).
 
     The sums are `weight` (predicted tokens) and `nll` (cross-entropy alone, in nats).
+
+    Args:
+        separator: the token between documents that are not to see each other; None: a row is one text, or the
+            batch says which documents it holds.
     """
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None):
         inputs_BT, labels_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        segment_ids = batch["segment_ids"][:, :-1] if "segment_ids" in batch else None
-        logits_BTV, _ = model.apply({"params": params}, inputs_BT, segment_ids=segment_ids, dropout_key=dropout_key)
+        places = {name: batch[name][:, :-1] for name in ("segment_ids", "positions") if name in batch}
+        if separator is not None:
+            places = separate_documents(inputs_BT, separator)
+        logits_BTV, _ = model.apply({"params": params}, inputs_BT, **places, dropout_key=dropout_key)
         nll_BT, log_z_BT = cross_entropy(logits_BTV, labels_BT)
         mask_BT = batch["loss_mask"][:, 1:] if "loss_mask" in batch else jnp.ones_like(nll_BT)
         total = ((nll_BT + z_loss * jnp.square(log_z_BT)) * mask_BT).sum()

@@ -1,5 +1,6 @@
 """Cross-entropy against the log-softmax as it is written, and what the language model's loss adds up."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
-from gptjax.training.losses import cross_entropy, language_model_loss
+from gptjax.training.losses import cross_entropy, language_model_loss, separate_documents
 
 B, T, V, PADDED = 8, 3, 5, 8
 RANDOM = np.random.default_rng(0)
@@ -108,3 +110,54 @@ def test_inputs_and_labels_are_shifted_by_one():
     np.testing.assert_array_equal(model.asked["tokens"], tokens[:, :-1])
     np.testing.assert_array_equal(model.asked["segment_ids"], tokens[:, :-1] // 2)
     assert model.asked["dropout_key"] is key
+
+
+SEPARATOR = 3
+
+
+def packed(documents):
+    return np.concatenate([[SEPARATOR, *document] for document in documents]).astype(np.int32)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_separate_documents_are_as_if_alone(tiny, positions, mesh):
+    """Tokens of a row that packs documents have the logits that each document has by itself, from its separator on,
+    and no gradient reaches another document; split over eight devices, too."""
+    config = dataclasses.replace(tiny, positions=positions, attention_pattern=("local", "dense"), attention_window=3)
+    model = GPT(config)
+    documents = [[5, 6, 7], [], [8, 9, 10, 11, 12], [7, 6]]
+    row = packed(documents)  # 14 tokens
+    params = jax.jit(model.init)(jax.random.key(0), sharding.put_batch(np.zeros((4, 4), np.int32)))["params"]
+    params = jax.tree.map(lambda p: 5 * p, params)
+
+    @jax.jit
+    def logits_of(tokens, places):
+        return model.apply({"params": params}, tokens, **places)[0]
+
+    tokens = sharding.put_batch(np.stack([row] * 4))
+    got = np.asarray(logits_of(tokens, jax.jit(separate_documents, static_argnums=1)(tokens, SEPARATOR)))[0]
+    start = 0
+    for document in documents:
+        alone = np.zeros((4, len(row)), np.int32)  # one shape, so that it compiles once
+        alone[:, : 1 + len(document)] = packed([document])
+        stop = start + 1 + len(document)
+        alone = sharding.put_batch(alone)
+        expected = np.asarray(logits_of(alone, {}))[0, : stop - start]
+        np.testing.assert_allclose(got[start:stop], expected, atol=1e-4)
+        start = stop
+    assert not np.allclose(got, np.asarray(logits_of(tokens, {}))[0], atol=0.1), "without it documents see each other"
+
+
+def test_a_separator_in_the_loss(tiny):
+    """With a separator the loss is that of the batch whose documents are told apart by hand."""
+    model = GPT(tiny)
+    tokens = np.stack([packed([[5, 6], [7, 8, 9], [4]])] * 2)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    by_hand = {
+        "tokens": tokens,
+        "segment_ids": np.cumsum(tokens == SEPARATOR, axis=1),
+        "positions": np.stack([[0, 1, 2, 0, 1, 2, 3, 0, 1]] * 2),
+    }
+    total, _ = jax.jit(language_model_loss(model, separator=SEPARATOR))(params, {"tokens": tokens}, None)
+    expected, _ = jax.jit(language_model_loss(model))(params, by_hand, None)
+    assert float(total) == pytest.approx(float(expected), rel=1e-6)
