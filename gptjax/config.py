@@ -1,9 +1,9 @@
 """The configuration of a run: frozen dataclasses, their files, and what a run leaves open.
 
 Only the standard library is imported here, so that a command line is parsed and a plan is made
-without loading JAX. Conventions: a field's unit is in its name; 0 turns an optional effect off;
-`None` means *derived from other fields*, and the field's doc says from which. `resolve` fills
-every `None`, and a saved configuration has none left.
+without loading JAX. Conventions: a field's unit is in its name; 0 or an empty text turns an optional
+effect off; `None` means *derived from other fields*, and the field's doc says from which. `resolve`
+fills every `None`, and a saved configuration has none left.
 """
 
 import dataclasses
@@ -175,8 +175,8 @@ class TokenizerConfig:
     """bpe: byte-level byte-pair encoding trained on the data; byte: UTF-8 bytes; char: the data's characters."""
     vocab_size: int = 8192
     """Tokens of a bpe tokenizer, special ones included."""
-    path: str | None = None
-    """A tokenizer.json, or GPT-2's folder (encoder.json, vocab.bpe), to use as it is. None: kind and data decide."""
+    path: str = ""
+    """A tokenizer.json, or GPT-2's folder (encoder.json, vocab.bpe), to use as it is. Empty: kind and data decide."""
 
     def __post_init__(self):
         require_types("tokenizer.", self)
@@ -190,6 +190,8 @@ class DataConfig:
 
     path: tuple[str, ...] = ("stdlib://",)
     """Files, folders, globs, hf://OWNER/NAME[/glob], or a prepared folder. stdlib:// is Python's own library."""
+    suggestion: str = ""
+    """What a recipe that leaves path empty is meant for; said where path is missing."""
     weights: tuple[float, ...] = ()
     """Share of the training tokens that each entry of path gives, in proportion. Empty: they are one source."""
     text_field: str = "text"
@@ -209,7 +211,6 @@ class DataConfig:
         if isinstance(self.path, str):  # one path is the common case in a configuration file
             object.__setattr__(self, "path", (self.path,))
         require_types("data.", self)
-        require(len(self.path) > 0, "data.path is empty; give a file, a folder or a glob")
         for weight in self.weights:
             require(0 < weight < math.inf, f"data.weights has {weight:g}, but each must be a positive number")
         require(

@@ -56,7 +56,7 @@ SECTIONS = (
         (lambda: ModelConfig(positions="rope", rope_fraction=0.52), ["rope_fraction", "33", "even"]),
         (lambda: TokenizerConfig(vocab_size=200), ["tokenizer.vocab_size", "200", "272"]),
         (lambda: DataConfig(validation_fraction=1.0), ["validation_fraction", "between 0 and 1"]),
-        (lambda: DataConfig(path=()), ["data.path"]),
+        (lambda: DataConfig(weights=(1.0, 0.0)), ["data.weights", "0", "positive"]),
         (lambda: MeshConfig(tensor=0), ["mesh.tensor"]),
         (lambda: OptimizerConfig(beta2=1.0), ["beta2"]),
         (lambda: OptimizerConfig(warmup_steps=3, warmup_tokens=9), ["warmup_steps 3", "warmup_tokens 9"]),

@@ -54,7 +54,7 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
             without changing what is there.
     """
     directory = Path(config.run_dir) if config.run_dir else run_dir.next_run_dir(name)
-    config = dataclasses.replace(config, run_dir=str(directory), data=_with_absolute_paths(config.data))
+    config = _with_absolute_paths(dataclasses.replace(config, run_dir=str(directory)))
     with console or Console() as console:
         continued = (directory / run_dir.CONFIG_FILE).is_file()
         if continued:
@@ -103,7 +103,8 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         _make_up_evaluation(config, directory, state, progress, callbacks)
         try:
             state, progress = fit(
-                *(config, state, progress, _compile_step(config, model, optimizer, data.tokenizer), stream, callbacks, ledger),
+                *(config, state, progress, _compile_step(config, model, optimizer, data.tokenizer)),
+                *(stream, callbacks, ledger),
                 mfu_per_token_rate=_mfu_per_token_rate(config),
             )
             stopped = stop.outcome or "finished"
@@ -137,10 +138,14 @@ def _merge_with_saved(config: Config, directory: Path, console: Console) -> Conf
     return config
 
 
-def _with_absolute_paths(data: DataConfig) -> DataConfig:
-    """A run that is continued from another folder finds its data."""
+def _with_absolute_paths(config: Config) -> Config:
+    """A run that is continued from another folder finds its data and its tokenizer."""
+    data, tokenizer = config.data, config.tokenizer
     paths = tuple(path if "://" in path else os.path.abspath(path) for path in data.path)
-    return dataclasses.replace(data, path=paths, prepared_dir=os.path.abspath(data.prepared_dir))
+    data = dataclasses.replace(data, path=paths, prepared_dir=os.path.abspath(data.prepared_dir))
+    if tokenizer.path:
+        tokenizer = dataclasses.replace(tokenizer, path=os.path.abspath(tokenizer.path))
+    return dataclasses.replace(config, data=data, tokenizer=tokenizer)
 
 
 def _check_backend(config: Config) -> None:

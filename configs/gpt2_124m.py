@@ -1,0 +1,5 @@
+"""GPT-2, 124 million parameters (Radford et al. 2019), trained with nanoGPT's settings."""
+
+from gptjax.presets import gpt2
+
+config = gpt2("124M")
