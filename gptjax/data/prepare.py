@@ -65,6 +65,8 @@ def prepare(
         UserError: the sources are wrong (see `read_documents`), the split leaves a side empty, or `out_dir`
             holds something else.
     """
+    if not data.path:
+        raise UserError(f"there is no text: give --data.path {data.suggestion or 'FILE'}")
     prepared_paths = [path for path in data.path if (Path(path) / INDEX_FILE).is_file()]
     if prepared_paths:
         if len(data.path) > 1:
