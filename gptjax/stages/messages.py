@@ -62,5 +62,7 @@ def next_command(directory: Path, config: Config, stopped: str) -> str:
     """How to sample a finished run, or to continue another."""
     run = shlex.quote(str(directory))
     if stopped == "finished":
-        return f"next: python sample.py {run} --prompt {shlex.quote(config.training.sample_prompt)}"
+        prompt = config.training.sample_prompt
+        option = f" --prompt {shlex.quote(prompt)}" if prompt.strip() else ""  # the default starts a new line, too
+        return f"next: python sample.py {run}{option}"
     return f"continue with: python train.py {run}"

@@ -1,0 +1,90 @@
+"""Train every configuration in configs/ for ten steps at one layer and its full width, and sample from it.
+
+`python benchmarks/every_preset.py --data TEXT` prints a line for each: parameters as published, parameters trained,
+first and last loss, and how a sample begins. Depth, context, batch and warm-up are reduced so that a machine without
+an accelerator can do it; one whose single layer would need more than `--max-gigabytes` is narrowed as well, and says
+so.
+"""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+from gptjax.config import Config, load_config
+from gptjax.parallel import platform
+
+ROOT = Path(__file__).parent.parent
+BYTES_PER_PARAMETER = 20  # parameters, gradients, two moments, and the copy that a checkpoint takes
+VOCAB_SIZE = 1024
+
+
+def reduced(config: Config, max_bytes: float) -> Config:
+    """One layer, a short context and a small vocabulary; at full width where that fits."""
+    from gptjax.model.accounting import parameter_counts
+
+    model = dataclasses.replace(config.model, num_layers=len(config.model.attention_pattern), context_length=64)
+    while (
+        parameter_counts(dataclasses.replace(model, vocab_size=VOCAB_SIZE))["total"] * BYTES_PER_PARAMETER > max_bytes
+    ):
+        model = dataclasses.replace(model, model_dim=model.model_dim // 2, num_heads=model.num_heads // 2)
+    training = dataclasses.replace(
+        config.training,
+        steps=10,
+        batch_size=8,
+        micro_batch_size=4,
+        batch_ramp_start=4 if config.training.batch_ramp_start else None,
+        batch_ramp_tokens=1000 if config.training.batch_ramp_tokens else 0,
+        log_every_steps=1,
+        eval_every_steps=0,
+        sample_every_steps=0,
+        eval_sequences=8,
+        sample_tokens=16,
+    )
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=2, warmup_tokens=0)
+    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=VOCAB_SIZE)
+    return dataclasses.replace(config, model=model, training=training, optimizer=optimizer, tokenizer=tokenizer)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="stdlib://")
+    parser.add_argument("--max-gigabytes", type=float, default=8)
+    parser.add_argument("--configs", type=Path, nargs="*", default=sorted((ROOT / "configs").glob("*.py")))
+    arguments = parser.parse_args()
+    platform.configure()
+
+    from gptjax.model.accounting import parameter_counts
+    from gptjax.sampling.config import SamplingConfig
+    from gptjax.sampling.generate import generate
+    from gptjax.stages.pretrain import train
+    from gptjax.training.load import load_run
+    from gptjax.training.metrics import Console, read_metrics
+
+    print(f"{'configuration':22} {'published':>15} {'trained':>13} {'width':>6}  {'loss':>14}  a sample begins")
+    for path in arguments.configs:
+        with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w", encoding="utf-8") as log:
+            whole = load_config(path)
+            config = reduced(whole, arguments.max_gigabytes * 1e9)
+            data = dataclasses.replace(config.data, path=(arguments.data,), prepared_dir=f"{folder}/data")
+            config = dataclasses.replace(config, data=data, run_dir=f"{folder}/run")
+            summary = train(config, console=Console(log))
+            losses = [r["loss"] for r in read_metrics(f"{folder}/run/metrics.jsonl") if "loss" in r]
+            run = load_run(f"{folder}/run")
+            sampling = SamplingConfig(max_tokens=12)
+            (completion,) = generate(run.config.model, run.params, run.tokenizer, ["The "], sampling)
+            vocab_size = run.tokenizer.vocab_size if whole.tokenizer.kind == "char" else whole.tokenizer.vocab_size
+            published = parameter_counts(dataclasses.replace(whole.model, vocab_size=vocab_size))["total"]
+            width, full = config.model.model_dim, whole.model.model_dim
+            narrowed = "" if width == full else f" (of {full})"
+            print(
+                f"{path.stem:22} {published:15,} {summary['parameters']:13,} {width:6}{narrowed}  "
+                f"{losses[0]:6.3f} → {losses[-1]:5.3f}  {completion.text[:30]!r}",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
