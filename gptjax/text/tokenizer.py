@@ -1,13 +1,14 @@
 """Text to token ids and back: byte-level BPE, bytes or characters, each one `tokenizer.json`.
 
-All three kinds are files in the format of the Hugging Face `tokenizers` library, which trains and
-runs them, so that other programs read them too. What is added here: a kind, the bytes of every
-token, a fingerprint, and the promise that text never becomes a special token.
+All kinds are files in the format of the Hugging Face `tokenizers` library, which trains and runs
+them, so that other programs read them too. What is added here: a kind, the bytes of every token,
+a fingerprint, and the promise that text never becomes a special token.
 """
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,11 @@ SPECIAL_TOKENS = (
     *(f"<|reserved_{i}|>" for i in range(12)),
 )
 """Reserved names; in every tokenizer trained here they are the ids 0 to 15."""
+END_OF_TEXT_NAMES = (
+    *(END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>"),
+    *("[EOS]", "<|eos|>", "<|im_end|>"),
+)
+"""What tokenizers call the token that ends a document; the first one that a tokenizer has is meant."""
 
 # GPT-4's (`cl100k_base` in tiktoken): contractions, words with one leading mark or space, up to three
 # digits, punctuation with its newlines, newlines with their indentation so far, and other whitespace.
@@ -47,23 +53,34 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
         backend.encode_special_tokens = True  # the file cannot hold it: without it text may spell special tokens
+        backend.no_truncation()
+        backend.no_padding()
         self._vocab = backend.get_vocab(with_added_tokens=True)
-        added = backend.get_added_tokens_decoder()
-        self.special_token_ids = {token.content: i for i, token in sorted(added.items()) if token.special}
+        self._added = backend.get_added_tokens_decoder()
+        self.special_token_ids = {token.content: i for i, token in sorted(self._added.items()) if token.special}
         """Id of every special token by its name."""
         self.vocab_size = 1 + max(self._vocab.values())
         """Number of ids, special ones included."""
 
     @property
-    def kind(self) -> Literal["bpe", "byte", "char"]:
-        if self._layout["decoder"]["type"] == "Fuse":
-            return "char"
-        return "byte" if self._layout["pre_tokenizer"]["type"] == "ByteLevel" and not self._merges else "bpe"
+    def kind(self) -> Literal["bpe", "byte", "char", "sentencepiece"]:
+        """The kinds that are trained here, and SentencePiece's, which writes a space as U+2581."""
+        decoders = _decoder_types(self._layout["decoder"])
+        if "ByteLevel" in decoders:
+            trained = self._merges or self._layout["pre_tokenizer"]["type"] != "ByteLevel"
+            return "bpe" if trained else "byte"
+        return "char" if decoders == ["Fuse"] else "sentencepiece"
 
     @property
     def end_of_text_id(self) -> int:
         """Id of the token that ends every document."""
-        return self.special_token_ids[END_OF_TEXT]
+        return next(self.special_token_ids[name] for name in END_OF_TEXT_NAMES if name in self.special_token_ids)
+
+    @cached_property
+    def prefix(self) -> bytes:
+        """What encoding puts before every text: a space with most tokenizers of SentencePiece, else nothing."""
+        table = self.token_bytes()
+        return b"".join(table[i] for i in self.encode("a")).removesuffix(b"a") if self.kind != "char" else b""
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text.
@@ -101,11 +118,31 @@ class Tokenizer:
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
-        table, is_char = [b""] * self.vocab_size, self.kind == "char"
+        bytes_of = {"char": str.encode, "sentencepiece": _sentencepiece_bytes}.get(self.kind, _byte_level_bytes)
+        table = [b""] * self.vocab_size
         for token, i in self._vocab.items():
-            if token not in self.special_token_ids:
-                table[i] = token.encode() if is_char else bytes(_BYTE_OF_CHARACTER[c] for c in token)
+            if i in self._added:  # stands for what it says, or for nothing
+                table[i] = b"" if self._added[i].special else token.encode()
+            else:
+                table[i] = bytes_of(token)
         return table
+
+    def require_lossless(self, text: str, ids: Sequence[int]) -> None:
+        """Check that a text's ids stand for all its bytes and nothing else.
+
+        Raises:
+            UserError: they do not, as where the tokenizer normalizes text or has no token for a character.
+        """
+        table, expected = self._token_bytes, text.encode()
+        actual = b"".join([table[i] for i in ids])
+        if actual not in (expected, self.prefix + expected):
+            actual = actual.removeprefix(self.prefix)
+            at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(actual))
+            was, became = (raw[max(0, at - 10) : at + 20].decode(errors="replace") for raw in (expected, actual))
+            raise UserError(
+                f"the tokenizer cannot encode this text without loss: {was!r} becomes {became!r}; use one that is "
+                "byte-level and does not normalize, such as tokenizer.kind bpe"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,10 +160,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read a `tokenizer.json`, trained here or another byte-level one with <|endoftext|>.
+        """Read a `tokenizer.json`: one trained here, or any whose tokens are bytes or pieces of text.
 
         Raises:
-            UserError: the file is missing, or no such tokenizer.
+            UserError: the file is missing or no such tokenizer, or no special token ends a document.
         """
         try:
             backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
@@ -134,13 +171,26 @@ class Tokenizer:
             raise UserError(f"no tokenizer {path}: {error.strerror}") from error
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())}") from error
-        if not isinstance(backend.decoder, decoders.ByteLevel | decoders.Fuse):
-            name = type(backend.decoder).__name__ if backend.decoder else "no"
-            raise UserError(f"{path} has {name} decoder; gptjax reads byte-level tokenizers and its own char ones")
-        tokenizer = cls(backend)
-        if END_OF_TEXT not in tokenizer.special_token_ids:
+        return cls.of_backend(backend, path)
+
+    @classmethod
+    def of_backend(cls, backend: tokenizers.Tokenizer, path: str | os.PathLike) -> "Tokenizer":
+        """Check that a tokenizer of the library can be used, and name `path` where it cannot.
+
+        Raises:
+            UserError: as `load`.
+        """
+        types = _decoder_types(json.loads(backend.to_str())["decoder"])
+        if "ByteLevel" not in types and types != ["Fuse"] and not {"ByteFallback", "Metaspace"} & set(types):
             raise UserError(
-                f"{path} lacks the special token {END_OF_TEXT}; its own are {[*tokenizer.special_token_ids]}"
+                f"{path} has {' and '.join(types) or 'no'} decoder, from which text does not come back as it was; what "
+                "works is byte-level or SentencePiece's, or a char tokenizer of gptjax"
+            )
+        tokenizer = cls(backend)
+        if not set(END_OF_TEXT_NAMES) & set(tokenizer.special_token_ids):
+            raise UserError(
+                f"{path} has no special token that ends a document, such as {END_OF_TEXT} or </s>; its own are "
+                f"{', '.join(tokenizer.special_token_ids) or 'none'}"
             )
         return tokenizer
 
@@ -197,18 +247,23 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     return Tokenizer(backend)
 
 
+# Where every byte-level tokenizer that we know splits, GPT-2's, GPT-4's and ours among them: after a line break
+# between visible characters, and before a single space between them.
+_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
+_CUT_SEARCH_CHARACTERS = 4096
+
+
 def split_text(text: str, max_characters: int) -> Iterator[str]:
     """Cut a long text into pieces that encode, one by one, to the ids of the whole.
 
-    The cuts are before lines that start with something visible, where SPLIT_PATTERN always splits. A text
-    without such a line within `max_characters` is cut there, and its ids may differ around the cut.
+    The cuts are between words or lines, where byte-level tokenizers always split. A text without such a
+    place in the last 4096 of `max_characters` is cut there, and its ids may differ around the cut.
     """
     start = 0
     while len(text) - start > max_characters:
-        cut = text.rfind("\n", start, start + max_characters) + 1
-        while cut > start and text[cut].isspace():
-            cut = text.rfind("\n", start, cut - 1) + 1
-        cut = cut if cut > start else start + max_characters
+        end = start + max_characters
+        cuts = _CUT.finditer(text, max(start + 1, end - _CUT_SEARCH_CHARACTERS), end + 1)
+        cut = max((match.start() for match in cuts if match.start() <= end), default=end)
         yield text[start:cut]
         start = cut
     yield text[start:]
@@ -247,3 +302,20 @@ def _printable_bytes() -> list[str]:
 
 _CHARACTER_OF_BYTE = _printable_bytes()
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_CHARACTER_OF_BYTE)}
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(match[1])
+    return token.replace("▁", " ").encode()
+
+
+def _decoder_types(decoder: dict | None) -> list[str]:
+    """The types of a decoder's steps, as its file names them."""
+    if decoder is None:
+        return []
+    return [step["type"] for step in decoder["decoders"]] if decoder["type"] == "Sequence" else [decoder["type"]]

@@ -1,0 +1,62 @@
+"""Tokenizers that a user brings, wherever they lie and however they are written."""
+
+import json
+import os
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from gptjax.errors import UserError
+from gptjax.text.tokenizer import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+GPT2_VOCABULARY, GPT2_MERGES = "encoder.json", "vocab.bpe"
+HUGGING_FACE_NAMES = {"vocab.json": "merges.txt", GPT2_VOCABULARY: GPT2_MERGES}
+"""The two files of a GPT-2 tokenizer: OpenAI's names, and those that Hugging Face gave them."""
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """A tokenizer from a `tokenizer.json`, or a folder with one (a run or prepared data, too), or GPT-2's two files.
+
+    Args:
+        path: the file, the folder, or one of GPT-2's `encoder.json` and `vocab.bpe`.
+
+    Raises:
+        UserError: nothing is there, or no tokenizer from which text comes back as it was.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / TOKENIZER_FILE).is_file():
+            return Tokenizer.load(path / TOKENIZER_FILE)
+        vocabulary = next((path / name for name in HUGGING_FACE_NAMES if (path / name).is_file()), None)
+        if vocabulary is None:
+            raise UserError(f"{path} holds no {TOKENIZER_FILE}, nor GPT-2's {GPT2_VOCABULARY} and {GPT2_MERGES}")
+        return _load_gpt2(vocabulary, path / HUGGING_FACE_NAMES[vocabulary.name])
+    for vocabulary, merges in HUGGING_FACE_NAMES.items():
+        if path.name in (vocabulary, merges):
+            return _load_gpt2(path.with_name(vocabulary), path.with_name(merges))
+    return Tokenizer.load(path)
+
+
+def _load_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
+    """GPT-2's byte-level BPE (Radford et al. 2019) of a JSON object, token to id, and a list of merges."""
+    try:
+        ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+        lines = merges.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"no tokenizer {vocabulary}: {error.filename} is missing beside it") from error
+    except ValueError as error:
+        raise UserError(f"{vocabulary} is no GPT-2 vocabulary: {error}") from error
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    try:
+        backend = tokenizers.Tokenizer(models.BPE(ids, pairs))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"{vocabulary} and {merges.name} do not fit together: {' '.join(str(error).split())}"
+        ) from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    special = [token for token in ids if token.startswith("<|") and token.endswith("|>")]
+    backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
+    return Tokenizer.of_backend(backend, vocabulary)
