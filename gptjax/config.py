@@ -308,7 +308,7 @@ class TrainingConfig:
     eval_every_steps: int = 250
     """Steps between evaluations. 0: only at the end."""
     eval_sequences: int = 0
-    """Sequences of the validation set that an evaluation reads, from its start. 0: all."""
+    """Sequences of the validation set that an evaluation reads, evenly spaced. 0: all."""
     sample_every_steps: int = 250
     """Steps between generated samples. 0: only at the end."""
     sample_prompt: str = "\n"

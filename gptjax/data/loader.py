@@ -1,6 +1,6 @@
 """Rows of tokens in training order and in file order. Legend: B batch, T tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -45,26 +45,32 @@ class TokenRows:
 
 
 class RowStream:
-    """Rows in training order: every epoch all of them once, in an order of its own, without end.
+    """Rows in training order, without end: of each source every epoch all rows once, in an order of its own.
 
-    The order is a function of rows and seed alone, and `position`, the rows taken so far, is the whole
-    state: a stream made with it goes on where this one stands, whatever its threads have read ahead.
+    Where there are several sources, rows are drawn from them in proportion to their weights. The order is a function
+    of rows, weights and seed alone, and `position`, the rows taken so far, is the whole state: a stream made with it
+    goes on where this one stands, whatever its threads have read ahead.
     """
 
     def __init__(
-        self, rows: TokenRows, seed: int, position: int = 0, *, num_threads: int = 2, prefetch_rows: int = 128
+        self,
+        sources: Sequence[TokenRows],
+        seed: int,
+        position: int = 0,
+        *,
+        weights: Sequence[float] = (),
+        num_threads: int = 2,
+        prefetch_rows: int = 128,
     ):
+        """Start at `position`. `weights` has one number for each source; one source needs none."""
         self.position = position
-        self._num_rows = len(rows)
         # Repeated before any batch is cut, so that no epoch loses its tail.
-        shuffled = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+        orders = [
+            grain.MapDataset.source(rows).seed(seed + number).shuffle().repeat() for number, rows in enumerate(sources)
+        ]
+        order = grain.MapDataset.mix(orders, weights=weights) if len(orders) > 1 else orders[0]
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_rows)
-        self._iterator = iter(shuffled[position:].to_iter_dataset(options))
-
-    @property
-    def epoch(self) -> int:
-        """Whole passes over the rows so far."""
-        return self.position // self._num_rows
+        self._iterator = iter(order[position:].to_iter_dataset(options))
 
     def take(self, num_rows: int) -> np.ndarray:
         """The next rows, int32 [num_rows, T+1]."""
@@ -78,11 +84,13 @@ class RowStream:
 
 
 def evaluation_rows(rows: TokenRows, batch_size: int, limit: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The first `limit` rows (0: all) in file order, as batches int32 [B, T+1] and how many of their rows count.
+    """`limit` rows (0: all), evenly spaced in file order, as batches int32 [B, T+1] and how many of their rows count.
 
     The last batch is filled up by repeating its last row, so that all have one shape.
     """
     total = min(limit, len(rows)) if limit else len(rows)
+    chosen = [number * len(rows) // total for number in range(total)]
     for start in range(0, total, batch_size):
-        valid = min(batch_size, total - start)
-        yield np.stack([rows[start + min(i, valid - 1)] for i in range(batch_size)]), valid
+        batch = chosen[start : start + batch_size]
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        yield np.stack([rows[row] for row in filled]), len(batch)

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.data.corpus import PIECE_CHARACTERS, Source, open_sources, tokenizer_texts
+from gptjax.data.formats import MAX_PIECE_CHARACTERS
 from gptjax.data.shards import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -24,20 +26,17 @@ from gptjax.data.shards import (
     Index,
     PreparedData,
     ShardWriter,
+    SourceIndex,
     open_prepared,
     token_dtype,
 )
-from gptjax.data.sources import read_documents, source_fingerprint
-from gptjax.data.splits import SPLITS, Part, Split, SplitName, choose_split, uniform_hash
+from gptjax.data.sources import source_fingerprint
+from gptjax.data.splits import SPLITS, Part
 from gptjax.errors import UserError
+from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer, split_text, train_tokenizer
 
-PIECE_CHARACTERS = 2**16  # long documents are encoded in pieces, which spreads them over the cores
 BATCH_CHARACTERS = 2**22  # of text encoded at once: its tokens take the library some 100 MB
-
-# Training the tokenizer on more than about 1 KB for each of its tokens hardly shortens the text any more.
-SAMPLE_CHARACTERS_PER_TOKEN = 1024
-MAX_SAMPLE_CHARACTERS = 2**28
 
 
 def prepare(
@@ -51,19 +50,18 @@ def prepare(
     """Prepared data of `data.path`: opened where it exists and nothing changed, else made.
 
     A single prepared folder as `data.path` is opened as it is, with its own tokenizer. Whatever is made
-    appears at once and whole: it is written beside its place and renamed. Memory holds the largest
-    document and a few hundred MB. `bpe` is trained on a sample of the training text, 1 KB for each token
-    of its vocabulary but at most 256 MB, chosen by hash; `char` on all text, as it must know all of it.
+    appears at once and whole: it is written beside its place and renamed. Memory holds a few hundred MB,
+    however large the text; what a tokenizer is trained on is `tokenizer_texts`.
 
     Args:
-        tokenizer: how to train one, or one to use as it is.
+        tokenizer: how to get one, or one to use as it is.
         out_dir: folder of the result. None: `data.prepared_dir`/NAME-FINGERPRINT, after the first source.
         progress: show a bar if standard error is a terminal.
         log: told in one line what was done.
 
     Raises:
-        UserError: the sources are wrong (see `read_documents`), the split leaves a side empty, or `out_dir`
-            holds something else.
+        UserError: the sources or their weights are wrong (see `read_documents`), the split leaves a side empty,
+            the tokenizer loses text, or `out_dir` holds something else.
     """
     if not data.path:
         raise UserError(f"there is no text: give --data.path {data.suggestion or 'FILE'}")
@@ -74,8 +72,12 @@ def prepare(
                 f"data.path {prepared_paths[0]} is prepared data, which stands alone, not among {len(data.path)}"
             )
         prepared = open_prepared(prepared_paths[0])
+        _require_weights(data, [" ".join(source.paths) for source in prepared.index.sources])
         log(f"data: opened {describe(prepared)}; its own tokenizer is used, not the configured one")
         return prepared
+    _require_weights(data, data.path)
+    if isinstance(tokenizer, TokenizerConfig) and tokenizer.path:
+        tokenizer = load_tokenizer(tokenizer.path)
     fingerprint = _fingerprint(data, tokenizer)
     folder = Path(out_dir) if out_dir else Path(data.prepared_dir, f"{_name(data)}-{fingerprint[:12]}")
     try:
@@ -99,15 +101,24 @@ def prepare(
     return prepared
 
 
+def _require_weights(data: DataConfig, sources: Sequence[str]) -> None:
+    if data.weights and len(data.weights) != len(sources):
+        raise UserError(
+            f"data.weights has {len(data.weights)} numbers for {len(sources)} sources, which are {', '.join(sources)}; "
+            "give one for each"
+        )
+
+
 def _require_replaceable(prepared: PreparedData, data: DataConfig) -> None:
     """Data is made anew over what was made of the same sources, and over nothing else."""
-    if prepared.index.sources != data.path:
+    index = prepared.index
+    if index.paths != data.path:
         raise UserError(
-            f"{prepared.folder} holds data of {' '.join(prepared.index.sources)}, not of {' '.join(data.path)}; "
+            f"{prepared.folder} holds data of {' '.join(index.paths)}, not of {' '.join(data.path)}; "
             "choose another folder, or remove it"
         )
-    shards = {shard.file for split in prepared.index.splits.values() for shard in split.shards}
-    strangers = {path.name for path in prepared.folder.iterdir()} - shards - {INDEX_FILE, TOKENIZER_FILE}
+    known = {shard.file for shard in index.shards} | {INDEX_FILE, TOKENIZER_FILE}
+    strangers = {path.name for path in prepared.folder.iterdir()} - known
     if strangers:
         raise UserError(f"{prepared.folder} would be made anew, but also holds {min(strangers)}; choose another folder")
 
@@ -115,11 +126,13 @@ def _require_replaceable(prepared: PreparedData, data: DataConfig) -> None:
 def describe(prepared: PreparedData) -> str:
     """One line: where, from what, how many tokens, and how they were split."""
     index = prepared.index
-    sizes = ", ".join(f"{name} {index.splits[name].tokens:,} tokens" for name in SPLITS)
-    skipped = "".join(f", skipped {count} {reason}" for reason, count in sorted(index.skipped.items()))
+    sizes = ", ".join(f"{name} {len(prepared.tokens(name)):,} tokens" for name in SPLITS)
+    rules = " and ".join(dict.fromkeys(f"{s.split_rule} ({s.split_reason})" for s in index.sources))
+    skipped = sum((Counter(source.skipped) for source in index.sources), Counter())
+    left_out = "".join(f", skipped {count} {reason}" for reason, count in sorted(skipped.items()))
     return (
-        f"{prepared.folder} from {' '.join(index.sources)}: {sizes} ({prepared.tokenizer.kind}, vocabulary "
-        f"{prepared.tokenizer.vocab_size}), split by {index.split_rule} ({index.split_reason}){skipped}"
+        f"{prepared.folder} from {' '.join(index.paths)}: {sizes} ({prepared.tokenizer.kind}, vocabulary "
+        f"{prepared.tokenizer.vocab_size}), split by {rules}{left_out}"
     )
 
 
@@ -131,6 +144,7 @@ def _fingerprint(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> st
         "tokenizer": tokenizer.fingerprint if trained else dataclasses.asdict(tokenizer),
         "validation_fraction": data.validation_fraction,
         "split": data.split,
+        "apart": bool(data.weights),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -158,66 +172,51 @@ def _written_whole(folder: Path) -> Iterator[Path]:
 def _build(
     folder: Path, data: DataConfig, tokenizer: TokenizerConfig | Tokenizer, fingerprint: str, progress: bool
 ) -> None:
-    skipped: Counter[str] = Counter()
-    split = choose_split(read_documents(data, skipped), data)
-
-    def parts() -> Iterator[Part]:
-        return split.parts(read_documents(data, Counter()))
-
-    if isinstance(tokenizer, TokenizerConfig):
-        tokenizer = train_tokenizer(_tokenizer_texts(parts(), split, tokenizer), tokenizer)
+    sources = open_sources(data)
+    imported = isinstance(tokenizer, Tokenizer)
+    if not imported:
+        tokenizer = train_tokenizer(tokenizer_texts(sources, tokenizer), tokenizer)
     tokenizer.save(folder / TOKENIZER_FILE)
     dtype = token_dtype(tokenizer.vocab_size)
+    with _progress_bar(sum(source.split.characters for source in sources), progress) as advance:
+        indices = tuple(
+            _write_source(folder, f"{number}-" if data.weights else "", source, tokenizer, dtype, imported, advance)
+            for number, source in enumerate(sources)
+        )
+    Index(FORMAT_VERSION, dtype, fingerprint, tokenizer.fingerprint, indices).save(folder)
+
+
+def _write_source(
+    folder: Path,
+    prefix: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    dtype: str,
+    check_lossless: bool,
+    advance: Callable[[int], None],
+) -> SourceIndex:
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(ShardWriter(folder, name, dtype)) for name in SPLITS}
-        advance = stack.enter_context(_progress_bar(split.characters, progress))
-        for batch in _batches(parts()):
+        writers = {name: stack.enter_context(ShardWriter(folder, prefix + name, dtype)) for name in SPLITS}
+        for batch in _batches(source.parts(), MAX_PIECE_CHARACTERS if tokenizer.prefix else PIECE_CHARACTERS):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
+                if check_lossless:
+                    tokenizer.require_lossless(piece.text, ids)
                 writer = writers[piece.split]
-                writer.write([*ids, tokenizer.end_of_text_id] if piece.ends_document else ids)
-                writer.count(documents=int(piece.ends_document), utf8_bytes=len(piece.text.encode()))
+                writer.write([*ids, tokenizer.end_of_text_id] if piece.last else ids)
+                writer.count(documents=int(piece.last), utf8_bytes=len(piece.text.encode()))
             advance(sum(len(piece.text) for piece in batch))
-        Index(
-            format_version=FORMAT_VERSION,
-            dtype=dtype,
-            fingerprint=fingerprint,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            sources=data.path,
-            split_rule=split.rule,
-            split_reason=split.reason,
-            skipped=dict(skipped),
-            splits={name: writer.finish() for name, writer in writers.items()},
-        ).save(folder)
+        splits = {name: writer.finish() for name, writer in writers.items()}
+    return SourceIndex(source.data.path, source.split.rule, source.split.reason, source.skipped, splits)
 
 
-def _tokenizer_texts(parts: Iterable[Part], split: Split, config: TokenizerConfig) -> Iterator[str]:
-    if config.kind == "byte":
-        return
-    wanted = min(config.vocab_size * SAMPLE_CHARACTERS_PER_TOKEN, MAX_SAMPLE_CHARACTERS)
-    share = wanted / split.train_characters
-    for part in parts:
-        if config.kind == "char":
-            yield part.text
-        elif part.split == "train":
-            for text in split_text(part.text, PIECE_CHARACTERS):
-                if share >= 1 or uniform_hash(text, "tokenizer") < share:
-                    yield text
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Piece:
-    split: SplitName
-    text: str
-    ends_document: bool
-
-
-def _batches(parts: Iterable[Part]) -> Iterator[list[_Piece]]:
+def _batches(parts: Iterable[Part], piece_characters: int) -> Iterator[list[Part]]:
+    """The parts in batches, cut into pieces of which only the last ends what its part ends."""
     batch, characters = [], 0
     for part in parts:
         left = len(part.text)
-        for text in split_text(part.text, PIECE_CHARACTERS):
+        for text in split_text(part.text, piece_characters):
             left -= len(text)
-            batch.append(_Piece(part.split, text, ends_document=left == 0))
+            batch.append(Part(part.split, text, part.last and left == 0))
             characters += len(text)
             if characters >= BATCH_CHARACTERS:
                 yield batch

@@ -20,7 +20,7 @@ from gptjax.data.splits import SPLITS, SplitName
 from gptjax.errors import UserError
 from gptjax.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "index.json"
 TOKENIZER_FILE = "tokenizer.json"
 MAX_SHARD_TOKENS = 2**27
@@ -46,6 +46,18 @@ class SplitIndex:
 
 
 @dataclass(frozen=True)
+class SourceIndex:
+    """What a source of the data holds, and how it was split."""
+
+    paths: tuple[str, ...]
+    split_rule: str
+    split_reason: str
+    skipped: dict[str, int]
+    """Files and lines left out, by reason."""
+    splits: dict[SplitName, SplitIndex]
+
+
+@dataclass(frozen=True)
 class Index:
     """What `index.json` says: where the tokens come from, and how many they are."""
 
@@ -55,17 +67,26 @@ class Index:
     fingerprint: str
     """sha256 of the sources and of every setting that decides the tokens."""
     tokenizer_fingerprint: str
-    sources: tuple[str, ...]
-    split_rule: str
-    split_reason: str
-    skipped: dict[str, int]
-    """Files and lines left out, by reason."""
-    splits: dict[SplitName, SplitIndex]
+    sources: tuple[SourceIndex, ...]
+    """One, or with `data.weights` one for each entry of `data.path`."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What all sources were read from."""
+        return tuple(path for source in self.sources for path in source.paths)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All files, in the order of sources and splits."""
+        return [shard for source in self.sources for name in SPLITS for shard in source.splits[name].shards]
 
     @property
     def content_fingerprint(self) -> str:
         """sha256 of the tokens themselves, whatever files they came from and when those were touched."""
-        shards = {name: [shard.sha256 for shard in split.shards] for name, split in self.splits.items()}
+        shards = [
+            {name: [shard.sha256 for shard in split.shards] for name, split in source.splits.items()}
+            for source in self.sources
+        ]
         return hashlib.sha256(json.dumps([self.tokenizer_fingerprint, shards], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -85,8 +106,7 @@ class Index:
                 raise UserError(
                     f"{path} has format {version}, this gptjax reads {FORMAT_VERSION}; prepare the data again"
                 )
-            splits = {name: _split_from_dict(values["splits"][name]) for name in SPLITS}
-            return cls(**values | {"sources": tuple(values["sources"]), "splits": splits})
+            return cls(**values | {"sources": tuple(map(_source_from_dict, values["sources"]))})
         except OSError as error:
             raise UserError(f"{folder} is no prepared data: {INDEX_FILE}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -126,20 +146,23 @@ class PreparedData:
     index: Index
 
     def tokens(self, split: SplitName) -> TokenArray:
-        """All tokens of a split, memory-mapped."""
-        return TokenArray(
-            [
-                np.memmap(self.folder / shard.file, self.index.dtype, mode="r")
-                for shard in self.index.splits[split].shards
-            ]
-        )
+        """All tokens of a split, memory-mapped, one source after the other."""
+        return TokenArray([shard for source in self.index.sources for shard in self._open(source, split)])
+
+    def tokens_by_source(self, split: SplitName) -> list[TokenArray]:
+        """The tokens of a split, apart for each source."""
+        return [TokenArray(self._open(source, split)) for source in self.index.sources]
+
+    def _open(self, source: SourceIndex, split: SplitName) -> list[np.ndarray]:
+        shards = source.splits[split].shards
+        return [np.memmap(self.folder / shard.file, self.index.dtype, mode="r") for shard in shards if shard.tokens]
 
 
 class ShardWriter:
-    """Writes the shards of one split, hashing what it writes. Use it in a `with` statement."""
+    """Writes shards NAME-00000.bin and on, hashing what it writes. Use it in a `with` statement."""
 
-    def __init__(self, folder: Path, split: SplitName, dtype: str, max_shard_tokens: int = MAX_SHARD_TOKENS):
-        self._folder, self._split, self._dtype, self._max = folder, split, dtype, max_shard_tokens
+    def __init__(self, folder: Path, name: str, dtype: str, max_shard_tokens: int = MAX_SHARD_TOKENS):
+        self._folder, self._name, self._dtype, self._max = folder, name, dtype, max_shard_tokens
         self._shards: list[Shard] = []
         self._stream = self._open()
         self._documents = self._bytes = 0
@@ -175,7 +198,7 @@ class ShardWriter:
         return SplitIndex(self._documents, tokens, self._bytes, tuple(self._shards))
 
     def _open(self):
-        self._file = f"{self._split}-{len(self._shards):05}.bin"
+        self._file = f"{self._name}-{len(self._shards):05}.bin"
         self._digest, self._tokens = hashlib.sha256(), 0
         return (self._folder / self._file).open("wb")
 
@@ -194,7 +217,7 @@ def open_prepared(folder: str | os.PathLike, *, verify: bool = False) -> Prepare
     """
     folder = Path(folder)
     index = Index.load(folder)
-    for shard in (shard for name in SPLITS for shard in index.splits[name].shards):
+    for shard in index.shards:
         path = folder / shard.file
         expected = shard.tokens * np.dtype(index.dtype).itemsize
         actual = path.stat().st_size if path.is_file() else None
@@ -216,6 +239,11 @@ def open_prepared(folder: str | os.PathLike, *, verify: bool = False) -> Prepare
 def token_dtype(vocab_size: int) -> str:
     """The smallest type that holds every id."""
     return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+def _source_from_dict(values: dict[str, Any]) -> SourceIndex:
+    splits = {name: _split_from_dict(values["splits"][name]) for name in SPLITS}
+    return SourceIndex(**values | {"paths": tuple(values["paths"]), "splits": splits})
 
 
 def _split_from_dict(values: dict[str, Any]) -> SplitIndex:

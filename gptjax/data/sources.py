@@ -1,4 +1,4 @@
-"""Documents from files, folders, globs, `.jsonl` and the standard library of the running Python."""
+"""Documents from files, folders, globs, the Hugging Face Hub, and the standard library of the running Python."""
 
 import difflib
 import glob
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.config import DataConfig
+from gptjax.data import formats, hub
+from gptjax.data.formats import Document
 from gptjax.errors import UserError
 
 STDLIB = "stdlib://"
@@ -37,25 +38,16 @@ TEXT_SUFFIXES = (
         ".jl",
         ".sh",
     ),
-    ".jsonl",
+    *(".jsonl", ".parquet"),
 )
-"""What is read of a folder. A file that is named, itself or by a glob, may have any suffix."""
+"""What is read of a folder, compressed by .gz or .zst or not. A file that is named may have any suffix."""
 
 # Tests and installed packages are not the library; a folder of that name is left out at any depth.
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class Document(NamedTuple):
-    """One text, and where it came from: a file, or a file and line number."""
-
-    text: str
-    origin: str
-
 
 class SourceFile(NamedTuple):
-    """A file to read, its name below the entry of `data.path`, and whether that entry named it directly."""
+    """A file to read, its name below the entry of `data.path`, and that entry."""
 
     path: Path
     name: str
@@ -69,6 +61,8 @@ class SourceFile(NamedTuple):
 def source_files(data: DataConfig) -> list[SourceFile]:
     """All files of `data.path`, in the order of its entries, each folder sorted; hidden ones are left out.
 
+    Those of the Hub are downloaded into its own cache.
+
     Raises:
         UserError: a path that does not exist, with the nearest that does, or a folder or glob without text.
     """
@@ -76,21 +70,20 @@ def source_files(data: DataConfig) -> list[SourceFile]:
 
 
 def read_documents(data: DataConfig, skipped: Counter[str]) -> Iterator[Document]:
-    """The documents of `data.path`, lazily and always in the same order.
+    """The documents of `data.path`, lazily and always in the same order; long ones in pieces.
 
-    Memory holds one file at a time, of `.jsonl` one line.
+    Memory holds a megabyte or so of a text file, of `.jsonl` one line, of `.parquet` some rows.
 
     Args:
         skipped: counts what is left out, by reason. Files of the standard library that are no UTF-8 and
             empty ones in a folder always are; broken ones are under `data.on_error` "skip".
 
     Raises:
-        UserError: what cannot be read, by file and, in `.jsonl`, line.
+        UserError: what cannot be read, by file and, in `.jsonl` and `.parquet`, line or row.
     """
     for file in source_files(data):
         lenient = data.on_error == "skip" or file.entry == STDLIB
-        read = _read_lines if file.path.suffix == ".jsonl" else _read_whole
-        for item in read(file, data.text_field):
+        for item in formats.read(file.path, data.text_field, file.is_named):
             if isinstance(item, Document):
                 yield item
             elif item.expected or lenient:
@@ -102,28 +95,23 @@ def read_documents(data: DataConfig, skipped: Counter[str]) -> Iterator[Document
 def source_fingerprint(data: DataConfig) -> str:
     """sha256, in hex, of names, sizes and modification times of all files, and of how they are read.
 
-    Of the standard library the Python version stands for the times, so that a reinstallation changes nothing.
+    Of the standard library the Python version stands for the times, so that a reinstallation changes nothing; the
+    names of files of the Hub contain their commit.
     """
     entries = []
     for file in source_files(data):
         status = file.path.stat()
         version = platform.python_version() if file.entry == STDLIB else status.st_mtime_ns
-        entries.append((file.name, status.st_size, version))
+        entries.append((file.name, status.st_size, None if hub.is_hub(file.entry) else version))
     settings = {"files": entries, "text_field": data.text_field, "on_error": data.on_error}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-class _Problem(NamedTuple):
-    """Something that gives no document; `expected` where it is no fault."""
-
-    reason: str
-    message: str
-    expected: bool = False
 
 
 def _files_of_entry(entry: str) -> list[SourceFile]:
     if entry == STDLIB:
         return _stdlib_files()
+    if hub.is_hub(entry):
+        return [SourceFile(path, name, entry) for path, name in hub.download(entry, _is_text)]
     path = Path(entry)
     if path.is_dir():
         files = [SourceFile(p, p.relative_to(path).as_posix(), entry) for p in _text_files_below(path)]
@@ -140,11 +128,15 @@ def _files_of_entry(entry: str) -> list[SourceFile]:
     raise UserError(f"data.path {entry} does not exist{_nearest(path)}")
 
 
+def _is_text(name: str) -> bool:
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(TEXT_SUFFIXES)
+
+
 def _text_files_below(folder: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in left_out)
         for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(TEXT_SUFFIXES):
+            if not name.startswith(".") and _is_text(name):
                 yield Path(directory, name)
 
 
@@ -163,61 +155,3 @@ def _nearest(path: Path) -> str:
     near = difflib.get_close_matches(wanted, os.listdir(parent), n=1)
     shown = path.parent if parent == path.parent.absolute() else parent
     return f"; did you mean {shown / near[0]}?" if near else f"; nothing in {shown} is called so"
-
-
-def _read_whole(file: SourceFile, text_field: str) -> Iterator[Document | _Problem]:
-    origin = str(file.path)
-    try:
-        raw = file.path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
-        yield _Problem("unreadable files", f"{origin} cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        yield _Problem("undecodable files", f"{origin} is not UTF-8: byte {_bad_byte(error, raw)}")
-    else:
-        if text.strip():
-            yield Document(text, origin)
-        else:
-            yield _Problem("empty files", f"{origin} is empty", expected=not file.is_named)
-
-
-def _read_lines(file: SourceFile, text_field: str) -> Iterator[Document | _Problem]:
-    lines = 0
-    try:
-        with file.path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    lines += 1
-                    yield _read_line(line, text_field, f"{file.path}:{number}")
-    except OSError as error:
-        yield _Problem("unreadable files", f"{file.path} cannot be read: {error.strerror}")
-        return
-    if not lines:
-        yield _Problem("empty files", f"{file.path} is empty", expected=not file.is_named)
-
-
-def _read_line(line: bytes, text_field: str, origin: str) -> Document | _Problem:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return _Problem("undecodable lines", f"{origin} is not UTF-8: byte {_bad_byte(error, line)} of the line")
-    except (ValueError, RecursionError) as error:
-        return _Problem("broken lines", f"{origin} is not JSON: {error}")
-    if not isinstance(record, dict):
-        return _Problem("broken lines", f"{origin} holds a JSON {type(record).__name__}, not an object")
-    if text_field not in record:
-        fields = ", ".join(record) or "none"
-        return _Problem(
-            "lines without text field", f"{origin} has no field {text_field!r} (data.text_field), but {fields}"
-        )
-    text = record[text_field]
-    if not isinstance(text, str):
-        return _Problem("lines without text", f"{origin}: field {text_field!r} is a {type(text).__name__}, not a text")
-    if _SURROGATE.search(text):
-        return _Problem("broken lines", f"{origin}: field {text_field!r} holds half a surrogate pair, which is no text")
-    return Document(text, origin) if text.strip() else _Problem("empty lines", f"{origin} is empty", expected=True)
-
-
-def _bad_byte(error: UnicodeDecodeError, raw: bytes) -> str:
-    position = error.start + len(raw) - len(error.object)  # the codec leaves a byte-order mark out of its count
-    return f"{position} is 0x{raw[position]:02x}"

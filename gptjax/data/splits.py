@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gptjax.config import DataConfig
-from gptjax.data.sources import Document
+from gptjax.data.formats import Document
 from gptjax.errors import UserError
 
 SplitName = Literal["train", "validation"]
@@ -19,6 +19,8 @@ class Part(NamedTuple):
 
     split: SplitName
     text: str
+    last: bool
+    """Whether its document, or as much of it as this split has, ends here."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,18 @@ class Split:
         """Every document under its split; `position` cuts the one in which the held-out text starts."""
         if self.rule == "hash":
             for document in documents:
-                yield Part(
-                    "validation" if _is_held_out(document.text, self.validation_fraction) else "train", document.text
-                )
+                if document.first:
+                    side = "validation" if _is_held_out(document.text, self.validation_fraction) else "train"
+                yield Part(side, document.text, document.last)
             return
         left = self.train_characters
         for document in documents:
-            if left:
-                yield Part("train", document.text[:left])
-            if left < len(document.text):
-                yield Part("validation", document.text[left:])
-            left = max(0, left - len(document.text))
+            cut = min(left, len(document.text))
+            left -= cut
+            if cut:
+                yield Part("train", document.text[:cut], document.last or left == 0)
+            if cut < len(document.text):
+                yield Part("validation", document.text[cut:], document.last)
 
 
 def choose_split(documents: Iterable[Document], data: DataConfig) -> Split:
@@ -60,9 +63,10 @@ def choose_split(documents: Iterable[Document], data: DataConfig) -> Split:
     """
     count = held_out = characters = 0
     for document in documents:
-        count += 1
         characters += len(document.text)
-        held_out += _is_held_out(document.text, data.validation_fraction)
+        if document.first:  # of a document that comes in pieces the first one decides
+            count += 1
+            held_out += _is_held_out(document.text, data.validation_fraction)
     if count == 0:
         raise UserError(f"data.path {' '.join(data.path)} has no document left after skipping")
     if data.split == "auto":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
 from gptjax.training import run_dir
 from gptjax.training.metrics import METRICS_FILE, plot_loss
-from gptjax.training.schedule import Progress
+from gptjax.training.schedule import Progress, final_progress
 
 
-def description(config: Config, rows: TokenRows, held_out: TokenRows, progress: Progress) -> str:
+def description(config: Config, sources: dict[str, TokenRows], held_out: TokenRows, progress: Progress) -> str:
     """What is about to run, in a few lines.
 
     Args:
-        rows: of the training split.
-        held_out: of the validation split.
+        sources: rows of the training split, by the source's name.
+        held_out: rows of the validation split.
     """
     device, model, training = jax.devices()[0], config.model, config.training
     counts = parameter_counts(model)
-    epochs = training.steps * training.batch_size / len(rows)
+    sequences = final_progress(training, model.context_length).sequences
     evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
     mesh = " × ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
     return "\n".join(
@@ -34,10 +35,20 @@ def description(config: Config, rows: TokenRows, held_out: TokenRows, progress: 
             f"{model.num_layers} layers, context {model.context_length}, {model.compute_dtype}",
             f"devices: {jax.device_count()} × {device.device_kind}, mesh {mesh}",
             f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
-            f"{epochs:.2g} epochs of {len(rows) * model.context_length:,} tokens, in {config.run_dir}",
-            f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, from the first",
+            f"{sequences * model.context_length:,} tokens, in {config.run_dir}",
+            *_epochs(sources, config.data.weights or (1.0,), sequences, model.context_length),
+            f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, evenly spaced",
         )
     )
+
+
+def _epochs(
+    sources: dict[str, TokenRows], weights: Sequence[float], sequences: int, context_length: int
+) -> Iterator[str]:
+    for (name, rows), weight in zip(sources.items(), weights, strict=True):
+        share = weight / sum(weights)
+        epochs = share * sequences / len(rows)
+        yield f"  {100 * share:.3g} % from {name}: {len(rows) * context_length:,} tokens, {epochs:.2g} epochs"
 
 
 def closing(summary: dict[str, Any], directory: Path, config: Config) -> str:

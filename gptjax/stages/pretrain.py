@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from gptjax.config import Config, DataConfig, resolve, resolve_mesh, to_dict
 from gptjax.data.loader import RowStream, TokenRows, evaluation_rows
 from gptjax.data.prepare import prepare
-from gptjax.data.shards import PreparedData
+from gptjax.data.shards import PreparedData, TokenArray
 from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import evaluate
 from gptjax.model.accounting import mfu, parameter_counts, peak_flops, training_flops_per_token
@@ -78,7 +78,7 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
 
 def _pretrain(config: Config, directory: Path, data: PreparedData, console: Console) -> dict[str, Any]:
     """Everything from the first array to the summary, under the mesh."""
-    rows, held_out = _rows(data, "train", config), _rows(data, "validation", config)
+    sources, held_out = _training_rows(data, config), _rows(data.tokens("validation"), "validation split", config)
     _check_prompt(config, data.tokenizer)
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer)
     with (
@@ -90,9 +90,10 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
         run_dir.save_config(directory, config, run_dir.environment())
         _cut_back(directory, progress.step)
-        console.message(messages.description(config, rows, held_out, progress))
+        console.message(messages.description(config, sources, held_out, progress))
         ledger = Ledger(before=seconds_before)
-        stream = RowStream(rows, config.training.seed, progress.sequences)
+        weights, seed = config.data.weights, config.training.seed
+        stream = RowStream([*sources.values()], seed, progress.sequences, weights=weights)
         callbacks = Callbacks(
             report=_reporter(config, MetricsLog(directory / METRICS_FILE), console),
             evaluate=_evaluator(config, held_out, data.tokenizer),
@@ -178,13 +179,23 @@ def _check_same_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
         )
 
 
-def _rows(data: PreparedData, split: str, config: Config) -> TokenRows:
+def _training_rows(data: PreparedData, config: Config) -> dict[str, TokenRows]:
+    """The rows of each source, or, where there are no weights, of all of them as one, by what they are called."""
+    if not config.data.weights:
+        return {" ".join(data.index.paths): _rows(data.tokens("train"), "train split", config)}
+    names = [" ".join(source.paths) for source in data.index.sources]
+    return {
+        f"{number}: {name}": _rows(tokens, f"train split of {name}", config)
+        for number, (name, tokens) in enumerate(zip(names, data.tokens_by_source("train"), strict=True), start=1)
+    }
+
+
+def _rows(tokens: TokenArray, what: str, config: Config) -> TokenRows:
     try:
-        return TokenRows(data.tokens(split), config.model.context_length)
+        return TokenRows(tokens, config.model.context_length)
     except UserError as error:
-        raise UserError(
-            f"{split} split (data.validation_fraction {config.data.validation_fraction:g}): {error}"
-        ) from None
+        fraction = config.data.validation_fraction
+        raise UserError(f"{what} (data.validation_fraction {fraction:g}): {error}") from None
 
 
 def _start(

@@ -68,3 +68,13 @@ def batch_size(config: TrainingConfig, progress: Progress) -> int:
     micro = config.resolved_micro_batch_size
     grown = start + (full - start) * progress.tokens / config.batch_ramp_tokens
     return max(micro, int(grown) // micro * micro)
+
+
+def final_progress(config: TrainingConfig, context_length: int) -> Progress:
+    """The progress at the end of a run, its batch ramp included."""
+    progress = Progress()
+    while progress.step < config.steps and (size := batch_size(config, progress)) < config.batch_size:
+        progress = progress.advance(size, context_length)
+    left = config.steps - progress.step
+    sequences = progress.sequences + left * config.batch_size
+    return Progress(config.steps, sequences, sequences * context_length)

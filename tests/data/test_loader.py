@@ -15,7 +15,7 @@ def made_rows(count: int) -> TokenRows:
 
 
 def order(rows: TokenRows, count: int, seed: int = 0, position: int = 0, **options) -> list[int]:
-    stream = RowStream(rows, seed, position, **options)
+    stream = RowStream([rows], seed, position, **options)
     try:
         return [int(row[0]) // CONTEXT for row in stream.take(count)]
     finally:
@@ -47,15 +47,12 @@ def test_rows_outside_are_refused():
 
 def test_every_epoch_has_every_row_once_though_batches_straddle_it():
     rows = made_rows(10)
-    stream = RowStream(rows, seed=0)
-    epochs = []
+    stream = RowStream([rows], seed=0)
     drawn = []
     for _ in range(10):
-        epochs.append(stream.epoch)
         drawn.extend(stream.take(4)[:, 0] // CONTEXT)
     stream.close()
     assert stream.position == 40
-    assert epochs == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     orders = [tuple(drawn[i : i + 10]) for i in range(0, 40, 10)]
     assert all(sorted(each) == list(range(10)) for each in orders)
     assert len(set(orders)) == 4, "another order each epoch"
@@ -76,16 +73,15 @@ def test_a_stream_continues_from_any_position(position):
 
 def test_position_counts_what_was_taken_not_what_was_read_ahead():
     rows = made_rows(10)
-    stream = RowStream(rows, seed=3, num_threads=8, prefetch_rows=64)
+    stream = RowStream([rows], seed=3, num_threads=8, prefetch_rows=64)
     first = stream.take(7)
     position = stream.position
     stream.close()
     assert position == 7
-    resumed = RowStream(rows, seed=3, position=position)
+    resumed = RowStream([rows], seed=3, position=position)
     rest = resumed.take(6)
     resumed.close()
     assert [int(r[0]) // CONTEXT for r in (*first, *rest)] == order(rows, 13, seed=3)
-    assert resumed.epoch == 1
 
 
 @pytest.mark.parametrize("options", [{"num_threads": 0}, {"num_threads": 1}, {"num_threads": 16, "prefetch_rows": 500}])
@@ -98,17 +94,60 @@ def test_threads_do_not_change_the_order(options):
 @settings(deadline=None, max_examples=20)
 def test_the_sizes_of_batches_do_not_change_the_order(sizes):
     rows = made_rows(10)
-    stream = RowStream(rows, 0, num_threads=0)
+    stream = RowStream([rows], 0, num_threads=0)
     taken = [row for size in sizes for row in stream.take(size)]
     stream.close()
     assert [int(row[0]) // CONTEXT for row in taken] == (order(rows, sum(sizes), num_threads=0) if sizes else [])
 
 
-@pytest.mark.parametrize(("limit", "total"), [(0, 10), (7, 7), (8, 8), (99, 10)])
-def test_evaluation_reads_the_first_rows_in_order_in_batches_of_one_shape(limit, total):
+@pytest.mark.parametrize(("limit", "expected"), [(0, range(10)), (99, range(10)), (5, range(0, 10, 2)), (3, (0, 3, 6))])
+def test_evaluation_reads_evenly_spaced_rows_in_batches_of_one_shape(limit, expected):
+    """Of a mixture the first rows are all of one source, so that a limited evaluation must not take just those."""
     batches = list(evaluation_rows(made_rows(10), 4, limit))
     assert {(batch.shape, batch.dtype) for batch, _ in batches} == {((4, CONTEXT + 1), np.dtype(np.int32))}
     counted = [int(row[0]) // CONTEXT for batch, valid in batches for row in batch[:valid]]
-    assert counted == list(range(total))
+    assert counted == list(expected)
     last, valid = batches[-1]
     assert (last[valid:] == last[valid - 1]).all()
+
+
+SIZES, WEIGHTS = (4, 30, 9), (1.0, 6.0, 3.0)
+
+
+def mixed(count: int, position: int = 0, seed: int = 0, weights=WEIGHTS) -> list[tuple[int, int]]:
+    """The source and the row within it of each row drawn; token 1000 s + 3 i says source s, row i."""
+    sources = [
+        TokenRows(np.arange(size * CONTEXT + 1, dtype="<u2") + 1000 * number, CONTEXT)
+        for number, size in enumerate(SIZES)
+    ]
+    stream = RowStream(sources, seed, position, weights=weights)
+    try:
+        return [(int(row[0]) // 1000, int(row[0]) % 1000 // CONTEXT) for row in stream.take(count)]
+    finally:
+        stream.close()
+
+
+def test_a_mixture_has_its_proportions_in_every_window():
+    """Any hundred rows in a row have each source as often as its weight says, give or take two."""
+    drawn = np.array([source for source, _ in mixed(700)])
+    for start in range(0, 600, 50):
+        counts = np.bincount(drawn[start : start + 100], minlength=3)
+        np.testing.assert_allclose(counts, [10, 60, 30], atol=2)
+
+
+def test_every_source_of_a_mixture_has_its_epochs():
+    """Within a source no row comes again before all have come, and not in the same order."""
+    drawn = mixed(600)
+    for number, size in enumerate(SIZES):
+        rows = [row for source, row in drawn if source == number]
+        epochs = [tuple(rows[i : i + size]) for i in range(0, len(rows) - size + 1, size)]
+        assert len(epochs) > 5
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len(set(epochs)) > 1
+
+
+@pytest.mark.parametrize("position", [1, 33, 250])
+def test_a_mixture_continues_from_any_position(position):
+    assert mixed(300 - position, position) == mixed(300)[position:]
+    assert mixed(50, seed=1) != mixed(50)
+    assert mixed(50, weights=(1.0, 1.0, 1.0)) != mixed(50)

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -5,8 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.data import corpus
 from gptjax.data import prepare as preparing
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import open_prepared
@@ -55,11 +58,11 @@ def test_shards_hold_every_document_once_and_the_index_counts_them(many, kind):
     originals = [path.read_text() for path in sorted(preparing.Path("many").iterdir())]
     assert sorted(found["train"] + found["validation"]) == sorted(originals)
     for split, texts in found.items():
-        index = prepared.index.splits[split]
+        index = prepared.index.sources[0].splits[split]
         assert index.documents == len(texts) > 0
         assert index.bytes == sum(len(text.encode()) for text in texts)
         assert index.tokens == len(prepared.tokens(split))
-    assert prepared.index.split_rule == "hash"
+    assert prepared.index.sources[0].split_rule == "hash"
     assert line.startswith("data: built data/many-")
     assert "split by hash (at least 100 documents)" in line
 
@@ -69,7 +72,7 @@ def test_pieces_and_batches_change_nothing(many, monkeypatch):
     monkeypatch.setattr(preparing, "PIECE_CHARACTERS", 30)
     monkeypatch.setattr(preparing, "BATCH_CHARACTERS", 50)
     pieces, _ = quietly(many, whole.tokenizer, "pieces")
-    assert pieces.index.splits == whole.index.splits
+    assert pieces.index.sources == whole.index.sources
 
 
 def test_few_documents_are_split_by_position_as_nanogpt_does(working_folder):
@@ -138,7 +141,7 @@ def test_a_given_tokenizer_is_used_as_it_is(many):
 
 def test_bpe_sees_a_bounded_sample_of_the_training_text_alone(many, monkeypatch):
     seen = []
-    monkeypatch.setattr(preparing, "SAMPLE_CHARACTERS_PER_TOKEN", 4)
+    monkeypatch.setattr(corpus, "SAMPLE_CHARACTERS_PER_TOKEN", 4)
     monkeypatch.setattr(
         preparing, "train_tokenizer", lambda texts, config: train_tokenizer(seen.extend(texts) or seen, config)
     )
@@ -180,7 +183,7 @@ def test_a_killed_prepare_leaves_nothing_that_looks_finished(many, working_folde
     assert not (working_folder / "out").exists()
     prepared, line = quietly(many, out_dir="out")
     assert line.startswith("data: built")
-    assert open_prepared(prepared.folder, verify=True).index.splits["train"].documents > 0
+    assert open_prepared(prepared.folder, verify=True).index.sources[0].splits["train"].documents > 0
     assert not (working_folder / ".out.partial").exists()
 
 
@@ -188,5 +191,76 @@ def test_skipped_files_are_in_index_and_line(many, working_folder):
     (working_folder / "many" / "bad.txt").write_bytes(b"\xff")
     data = DataConfig(path=("many",), validation_fraction=0.2, on_error="skip")
     prepared, line = quietly(data)
-    assert prepared.index.skipped == {"undecodable files": 1}
+    assert prepared.index.sources[0].skipped == {"undecodable files": 1}
     assert line.endswith("skipped 1 undecodable files")
+
+
+@pytest.fixture
+def two_sources(working_folder) -> DataConfig:
+    """A mixture of a folder of documents and of one text."""
+    (working_folder / "docs").mkdir()
+    for i in range(120):
+        (working_folder / "docs" / f"{i}.txt").write_text(f"document {i} of many\n")
+    (working_folder / "one.txt").write_text("".join(f"line {i} of one\n" for i in range(300)))
+    return DataConfig(path=("docs", "one.txt"), weights=(1.0, 3.0), validation_fraction=0.2)
+
+
+def test_a_mixture_is_split_and_stored_by_source(two_sources):
+    """Each source has its own split and shards, and their concatenation is what there is without a mixture."""
+    prepared, line = quietly(two_sources)
+    docs, one = prepared.index.sources
+    assert (docs.paths, one.paths) == (("docs",), ("one.txt",))
+    assert (docs.split_rule, one.split_rule) == ("hash", "position")
+    assert "hash (at least 100 documents) and position (fewer than 100 documents)" in line
+    apart = prepared.tokens_by_source("train")
+    assert [len(tokens) for tokens in apart] == [source.splits["train"].tokens for source in prepared.index.sources]
+    together = prepared.tokens("train")
+    np.testing.assert_array_equal(together[0 : len(together)], np.concatenate([tokens[:] for tokens in apart]))
+    assert "document" in prepared.tokenizer.decode(apart[0][:100])
+    assert "document" not in prepared.tokenizer.decode(apart[1][:])
+
+
+def test_other_weights_need_no_new_preparation(two_sources):
+    first, _ = quietly(two_sources)
+    again, line = quietly(dataclasses.replace(two_sources, weights=(5.0, 0.5)))
+    assert line.startswith("data: reused")
+    alone, _ = quietly(dataclasses.replace(two_sources, weights=()))
+    assert again.folder == first.folder != alone.folder
+    assert len(alone.index.sources) == 1
+
+
+def test_weights_are_one_for_each_source(two_sources):
+    with pytest.raises(UserError, match=r"has 1 numbers for 2 sources, which are docs, one\.txt"):
+        quietly(dataclasses.replace(two_sources, weights=(1.0,)))
+    prepared, _ = quietly(two_sources)
+    with pytest.raises(UserError, match="has 3 numbers for 2 sources"):
+        quietly(DataConfig(path=(str(prepared.folder),), weights=(1.0, 1.0, 1.0)))
+
+
+def test_a_tokenizer_file_is_used_as_it_is(many, working_folder):
+    """Its fingerprint decides, not its place; and text that it would lose is refused, with nothing left behind."""
+    tokenizer = train_tokenizer(["Document 12 naïve 中文"], TokenizerConfig(kind="char"))
+    for name in ("here", "there"):
+        (working_folder / name).mkdir()
+        tokenizer.save(working_folder / name / "tokenizer.json")
+    with pytest.raises(UserError, match="never seen"):
+        quietly(many, TokenizerConfig(path="here"))
+    assert not (working_folder / "data").is_dir() or not [*(working_folder / "data").glob("many*")]
+    tokenizer = train_tokenizer(["Document 12 naïve 中文"], TokenizerConfig(vocab_size=300))
+    for name in ("here", "there"):
+        tokenizer.save(working_folder / name / "tokenizer.json")
+    first, _ = quietly(many, TokenizerConfig(path="here"))
+    again, line = quietly(many, TokenizerConfig(path="there/tokenizer.json"))
+    assert first.tokenizer.fingerprint == tokenizer.fingerprint
+    assert line.startswith("data: reused")
+    assert again.folder == first.folder
+    lower = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    lower.normalizer = tokenizers.normalizers.Lowercase()
+    lower.save(str(working_folder / "lower.json"))
+    with pytest.raises(UserError, match="cannot encode this text without loss: 'Document"):
+        quietly(many, TokenizerConfig(path="lower.json"))
+
+
+def test_missing_text_is_asked_for():
+    with pytest.raises(UserError, match=r"there is no text: give --data\.path poems\.txt"):
+        quietly(DataConfig(path=(), suggestion="poems.txt"))

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import TokenizerConfig
-from gptjax.data.shards import Index, PreparedData, ShardWriter, TokenArray, open_prepared, token_dtype
+from gptjax.data.shards import (
+    FORMAT_VERSION,
+    Index,
+    PreparedData,
+    ShardWriter,
+    SourceIndex,
+    TokenArray,
+    open_prepared,
+    token_dtype,
+)
 from gptjax.errors import UserError
 from gptjax.text.tokenizer import train_tokenizer
 
@@ -63,7 +72,8 @@ def prepared(tmp_path) -> PreparedData:
         with ShardWriter(tmp_path, name, "<u2", max_shard_tokens=4) as writer:
             writer.write([*ids])
             splits[name] = writer.finish()
-    Index(1, "<u2", "f" * 64, tokenizer.fingerprint, ("x",), "hash", "why", {"empty files": 2}, splits).save(tmp_path)
+    source = SourceIndex(("x",), "hash", "why", {"empty files": 2}, splits)
+    Index(FORMAT_VERSION, "<u2", "f" * 64, tokenizer.fingerprint, (source,)).save(tmp_path)
     return open_prepared(tmp_path, verify=True)
 
 
@@ -72,7 +82,7 @@ def test_what_was_written_is_opened(prepared):
     np.testing.assert_array_equal(prepared.tokens("validation")[2:9], [2, 3, 4])
     assert prepared.tokenizer.kind == "byte"
     assert Index.load(prepared.folder) == prepared.index
-    assert prepared.index.skipped == {"empty files": 2}
+    assert prepared.index.sources[0].skipped == {"empty files": 2}
 
 
 def test_a_shard_cut_short_or_gone_is_named(prepared):
@@ -104,7 +114,7 @@ def test_another_tokenizer_beside_the_shards_is_refused(prepared):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values | {"format_version": 99}, "has format 99, this gptjax reads 1"),
+        (lambda values: values | {"format_version": 99}, "has format 99, this gptjax reads 2"),
         (lambda values: {"a": 1}, "is no index of prepared data"),
         (lambda values: [], "is no index of prepared data"),
         (lambda values: values | {"surplus": 1}, "is no index of prepared data"),

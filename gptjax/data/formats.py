@@ -1,0 +1,198 @@
+"""One file to its documents: text, `.jsonl` and `.parquet`, compressed by gzip or Zstandard or not."""
+
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from gptjax.errors import UserError
+from gptjax.text.tokenizer import split_text
+
+BLOCK_BYTES = 2**20
+MAX_PIECE_CHARACTERS = 2**20
+"""A text file longer than this comes in pieces."""
+PARQUET_ROWS = 256
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Document(NamedTuple):
+    """One text and where it came from, a file or a file and line; or a piece of a text too long to hold."""
+
+    text: str
+    origin: str
+    first: bool = True
+    last: bool = True
+
+
+class Problem(NamedTuple):
+    """Something that gives no document; `expected` where it is no fault."""
+
+    reason: str
+    message: str
+    expected: bool = False
+
+
+def read(path: Path, text_field: str, is_named: bool) -> Iterator[Document | Problem]:
+    """The documents of a file, and what in it is none.
+
+    Args:
+        text_field: field of a `.jsonl` line, or column of a `.parquet` file, that holds the text.
+        is_named: whether the user named this very file, so that its emptiness is a fault.
+
+    Raises:
+        UserError: a package that this format needs is missing, or a parquet file lacks the column.
+    """
+    form = Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    readers = {".jsonl": _read_lines, ".parquet": _read_parquet}
+    nothing = True
+    try:
+        for item in readers.get(form, _read_text)(path, text_field):
+            nothing = False
+            yield item
+    except (OSError, EOFError, zlib.error) as error:
+        yield Problem("unreadable files", f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
+        return
+    if nothing:
+        yield Problem("empty files", f"{path} is empty", expected=not is_named)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    match path.suffix:
+        case ".gz":
+            stream = gzip.open(path, "rb")  # noqa: SIM115 -- closed below
+        case ".zst":
+            # Arrow's, because the zstandard package takes a file that was cut short for a whole one.
+            stream = io.BufferedReader(_pyarrow().input_stream(path, compression="zstd"))
+        case _:
+            stream = path.open("rb")
+    with stream:
+        yield stream
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError('.parquet and .zst files need pyarrow: pip install "gptjax[data]"') from error
+    return pyarrow
+
+
+def _read_text(path: Path, text_field: str) -> Iterator[Document | Problem]:
+    """One document, in pieces where it is long: known to be UTF-8 to its end before the first of them is given."""
+    with _open(path) as stream:
+        block = stream.read(BLOCK_BYTES)
+        whole = len(block) < BLOCK_BYTES
+    if not whole:
+        if problem := _undecodable(path):
+            yield problem
+        else:
+            yield from _pieces(path)
+        return
+    try:
+        text = block.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        yield Problem("undecodable files", f"{path} is not UTF-8: byte {_bad_byte(error, block)}")
+        return
+    if text.strip():
+        yield Document(text, str(path))
+
+
+def _blocks(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Blocks of a file, and whether each is the last; the last may be empty."""
+    with _open(path) as stream:
+        while block := stream.read(BLOCK_BYTES):
+            yield block, False
+    yield b"", True
+
+
+def _undecodable(path: Path) -> Problem | None:
+    decoder, before = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    for block, last in _blocks(path):
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(block, last)
+        except UnicodeDecodeError as error:
+            position = before - pending + error.start
+            return Problem(
+                "undecodable files", f"{path} is not UTF-8: byte {position} is 0x{error.object[error.start]:02x}"
+            )
+        before += len(block)
+    return None
+
+
+def _pieces(path: Path) -> Iterator[Document]:
+    decoder, text, first = codecs.getincrementaldecoder("utf-8-sig")(), "", True
+    for block, last in _blocks(path):
+        text += decoder.decode(block, last)
+        *pieces, text = split_text(text, MAX_PIECE_CHARACTERS)
+        for piece in pieces:
+            yield Document(piece, str(path), first, False)
+            first = False
+    yield Document(text, str(path), first, True)
+
+
+def _read_lines(path: Path, text_field: str) -> Iterator[Document | Problem]:
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _read_line(line, text_field, f"{path}:{number}")
+
+
+def _read_line(line: bytes, text_field: str, origin: str) -> Document | Problem:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Problem("undecodable lines", f"{origin} is not UTF-8: byte {_bad_byte(error, line)} of the line")
+    except (ValueError, RecursionError) as error:
+        return Problem("broken lines", f"{origin} is not JSON: {error}")
+    if not isinstance(record, dict):
+        return Problem("broken lines", f"{origin} holds a JSON {type(record).__name__}, not an object")
+    if text_field not in record:
+        fields = ", ".join(record) or "none"
+        return Problem(
+            "lines without text field", f"{origin} has no field {text_field!r} (data.text_field), but {fields}"
+        )
+    return _text_of_field(record[text_field], text_field, origin)
+
+
+def _text_of_field(text: object, text_field: str, origin: str) -> Document | Problem:
+    if not isinstance(text, str):
+        return Problem("lines without text", f"{origin}: field {text_field!r} is a {type(text).__name__}, not a text")
+    if _SURROGATE.search(text):
+        return Problem("broken lines", f"{origin}: field {text_field!r} holds half a surrogate pair, which is no text")
+    return Document(text, origin) if text.strip() else Problem("empty lines", f"{origin} is empty", expected=True)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[Document | Problem]:
+    pyarrow = _pyarrow()
+    if path.suffix != ".parquet":
+        yield Problem("unreadable files", f"{path} is compressed outside, but parquet is inside: unpack it")
+        return
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                reason = f"{path} has no field {text_field!r} (data.text_field), but {', '.join(names) or 'none'}"
+                yield Problem("files without text field", reason)
+                return
+            row = 0
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[text_field], use_threads=False):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    yield _text_of_field(text, text_field, f"{path}:{row}")
+    except pyarrow.ArrowInvalid as error:
+        yield Problem("unreadable files", f"{path} is no parquet file: {' '.join(str(error).split())}")
+
+
+def _bad_byte(error: UnicodeDecodeError, raw: bytes) -> str:
+    position = error.start + len(raw) - len(error.object)  # the codec leaves a byte-order mark out of its count
+    return f"{position} is 0x{raw[position]:02x}"

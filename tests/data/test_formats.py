@@ -1,0 +1,150 @@
+"""Files to documents: parquet, compression, and texts too long to hold."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gptjax.config import DataConfig, TokenizerConfig
+from gptjax.data import formats
+from gptjax.data.formats import Document, Problem, read
+from gptjax.data.prepare import prepare
+from gptjax.errors import UserError
+
+TEXTS = ["first", "zweiter, größer", "第三", "fourth\nwith a line"]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+
+
+def texts(path) -> list[str]:
+    return [item.text for item in read(path, "text", is_named=True)]
+
+
+def write_parquet(path, column, name="text", rows_per_group=2):
+    table = pyarrow.table({"id": list(range(len(column))), name: column})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows_per_group)
+    return path
+
+
+def zstandard(raw: bytes) -> bytes:
+    return pyarrow.compress(raw, codec="zstd", asbytes=True)
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compression_changes_nothing(tmp_path, suffix):
+    for name, content in (("a.jsonl", LINES), ("a.txt", TEXTS[3].encode())):
+        path = tmp_path / (name + suffix)
+        path.write_bytes(COMPRESS[suffix](content))
+        assert texts(path) == (TEXTS if name == "a.jsonl" else [TEXTS[3]])
+
+
+def test_parquet_is_read_across_row_groups(tmp_path):
+    """More rows than one batch and than one row group, in order; an empty text is left out, not a fault."""
+    many = [f"row {i}" for i in range(700)]
+    path = write_parquet(tmp_path / "a.parquet", [*many, "", *TEXTS], rows_per_group=150)
+    items = list(read(path, "text", is_named=True))
+    assert [item.text for item in items if isinstance(item, Document)] == many + TEXTS
+    (empty,) = [item for item in items if isinstance(item, Problem)]
+    assert empty.expected
+    assert items[0].origin == f"{path}:1"
+
+
+def test_a_folder_of_all_forms_is_prepared(tmp_path, monkeypatch):
+    """Every form in one folder, under its name: as many documents as were written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mix").mkdir()
+    for suffix, compress in COMPRESS.items():
+        (tmp_path / "mix" / f"a.jsonl{suffix}").write_bytes(compress(LINES))
+        (tmp_path / "mix" / f"b.txt{suffix}").write_bytes(compress(b"some text"))
+    write_parquet(tmp_path / "mix" / "c.parquet", TEXTS)
+    data = DataConfig(path=("mix",), validation_fraction=0.3, split="position")
+    index = prepare(data, TokenizerConfig(kind="byte"), log=lambda line: None).index
+    written = 3 * len(TEXTS) + 3 + len(TEXTS)
+    documents = sum(split.documents for split in index.sources[0].splits.values())
+    assert documents in (written, written + 1), "one document may have been cut where the held-out text starts"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(LINES * 100)[:-20], "cannot be read: "),
+        ("a.txt.gz", b"no gzip", "cannot be read: Not a gzipped file"),
+        ("a.jsonl.zst", zstandard(LINES)[:-8], "cannot be read: "),
+        ("a.txt.zst", b"no zstandard", "cannot be read: "),
+        ("a.parquet", b"no parquet", "is no parquet file"),
+        ("a.parquet.gz", b"", "unpack it"),
+        ("a.jsonl.gz", gzip.compress(b""), "is empty"),
+    ],
+    ids=range(7),
+)
+def test_broken_files_are_one_problem(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    *documents, problem = read(path, "text", is_named=True)
+    assert all(isinstance(document, Document) for document in documents)
+    assert message in problem.message
+    assert str(path) in problem.message
+    assert "\n" not in problem.message
+    assert not problem.expected
+
+
+def test_parquet_without_the_field_lists_the_fields(tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", TEXTS, name="content")
+    with pytest.raises(UserError, match=r"has no field 'text' \(data.text_field\), but id, content"):
+        prepare(DataConfig(path=(str(path),), prepared_dir=str(tmp_path)), TokenizerConfig(kind="byte"))
+    assert [item.text for item in read(path, "content", is_named=True)] == TEXTS
+    (problem, *_) = read(path, "id", is_named=True)
+    assert "field 'id' is a int, not a text" in problem.message
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(formats, "MAX_PIECE_CHARACTERS", 100)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_long_texts_come_in_pieces(tmp_path, small_blocks, suffix):
+    """Together they are the text, though blocks cut its characters; one is the first and one the last."""
+    text = "\ufeff" + "".join(f"第{i}行 größer 😀\r\n" for i in range(200))
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(COMPRESS[suffix](text.encode()))
+    pieces = list(read(path, "text", is_named=True))
+    assert "".join(piece.text for piece in pieces) == text[1:]
+    assert len(pieces) > 20
+    assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize("position", [3, 63, 64, 65, 700])
+def test_a_bad_byte_far_into_a_long_text_is_named_before_any_of_it_is_given(tmp_path, small_blocks, position):
+    raw = bytearray(("ü" * 500).encode())
+    raw[position] = 0xFF
+    path = tmp_path / "a.txt"
+    path.write_bytes(raw)
+    (problem,) = read(path, "text", is_named=True)
+    first_bad = position if position % 2 == 0 else position - 1  # the start of the character that it breaks
+    assert problem.message == f"{path} is not UTF-8: byte {first_bad} is 0x{raw[first_bad]:02x}"
+
+
+@pytest.mark.parametrize("split", ["hash", "position"])
+def test_pieces_are_one_document(tmp_path, small_blocks, monkeypatch, split):
+    """A document in pieces has one end, lies on one side of a split by hash, and has the tokens of the whole."""
+    for i in range(12):
+        (tmp_path / f"{i:02}.txt").write_text(f"document {i} says:\n" + f"{i} is a number\n" * 30, encoding="utf-8")
+    data = DataConfig(path=(str(tmp_path),), split=split, validation_fraction=0.4, prepared_dir=str(tmp_path / "out"))
+    in_pieces = prepare(data, TokenizerConfig(vocab_size=300), str(tmp_path / "out" / "a"), log=lambda line: None)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 2**20)
+    whole = prepare(data, in_pieces.tokenizer, str(tmp_path / "out" / "b"), log=lambda line: None)
+    ends = 0
+    for name, index in in_pieces.index.sources[0].splits.items():
+        tokens = in_pieces.tokens(name)
+        assert (tokens[0 : len(tokens)] == in_pieces.tokenizer.end_of_text_id).sum() == index.documents
+        ends += index.documents
+    assert ends == 12 + (split == "position")  # which cuts one document in two
+    if split == "position":  # the hash is of the first piece, so its sides differ from those of whole documents
+        assert in_pieces.index.sources == whole.index.sources
