@@ -29,7 +29,7 @@ def bigram_state():
     return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params))
 
 
-def bigram_apply(variables, tokens, segment_ids, dropout_key):
+def bigram_apply(variables, tokens, dropout_key):
     logits = variables["params"]["embedding"][tokens]
     noise = 0.0 if dropout_key is None else 0.3 * jax.random.normal(dropout_key, logits.shape)
     return logits + noise, None
