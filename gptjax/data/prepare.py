@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from gptjax.data.shards import (
     token_dtype,
 )
 from gptjax.data.sources import source_fingerprint
-from gptjax.data.splits import SPLITS, Part
+from gptjax.data.splits import SPLITS, Part, SplitName
 from gptjax.errors import UserError
 from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer, split_text, train_tokenizer
@@ -197,16 +197,36 @@ def _write_source(
 ) -> SourceIndex:
     with ExitStack() as stack:
         writers = {name: stack.enter_context(ShardWriter(folder, prefix + name, dtype)) for name in SPLITS}
-        for batch in _batches(source.parts(), MAX_PIECE_CHARACTERS if tokenizer.prefix else PIECE_CHARACTERS):
-            for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
-                if check_lossless:
-                    tokenizer.require_lossless(piece.text, ids)
-                writer = writers[piece.split]
-                writer.write([*ids, tokenizer.end_of_text_id] if piece.last else ids)
-                writer.count(documents=int(piece.last), utf8_bytes=len(piece.text.encode()))
-            advance(sum(len(piece.text) for piece in batch))
+        write_parts(source.parts(), tokenizer, writers, check_lossless, advance)
         splits = {name: writer.finish() for name, writer in writers.items()}
     return SourceIndex(source.data.path, source.split.rule, source.split.reason, source.skipped, splits)
+
+
+def write_parts(
+    parts: Iterable[Part],
+    tokenizer: Tokenizer,
+    writers: Mapping[SplitName, ShardWriter],
+    check_lossless: bool = False,
+    advance: Callable[[int], None] = lambda characters: None,
+) -> None:
+    """Encode documents on all cores, and write each to its split, an end-of-text token after it.
+
+    Args:
+        check_lossless: compare what every text became with its bytes.
+        advance: told the characters done so far, a batch at a time.
+
+    Raises:
+        UserError: the tokenizer cannot encode the text.
+    """
+    # Where every text gets a prefix, a cut would put one into the middle of a document.
+    for batch in _batches(parts, MAX_PIECE_CHARACTERS if tokenizer.prefix else PIECE_CHARACTERS):
+        for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
+            if check_lossless:
+                tokenizer.require_lossless(piece.text, ids)
+            writer = writers[piece.split]
+            writer.write([*ids, tokenizer.end_of_text_id] if piece.last else ids)
+            writer.count(documents=int(piece.last), utf8_bytes=len(piece.text.encode()))
+        advance(sum(len(piece.text) for piece in batch))
 
 
 def _batches(parts: Iterable[Part], piece_characters: int) -> Iterator[list[Part]]:
