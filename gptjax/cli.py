@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from gptjax.config import Config, load_config
 from gptjax.errors import UserError
 from gptjax.sampling.config import SamplingConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
@@ -125,3 +128,23 @@ def open_output(path: str) -> Iterator[TextIO]:
 
 def print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def make_table(title: str, *columns: str) -> "Table":
+    """A table for people: the first column to the left, figures to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def print_wide(table: "Table") -> None:
+    """Print a table whole, however narrow the terminal: what is cut off cannot be read."""
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, console.measure(table, options=console.options.update_width(1000)).maximum)
+    console.print(table)

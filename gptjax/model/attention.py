@@ -105,7 +105,7 @@ def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_id
         weights = weights * keep_BNTS.reshape(B, K, G, T, S)
     weights_BKXS = weights.reshape(B, K, G * T, S).astype(q_BTNH.dtype)
     out_BKXH = einsum("bkxs,bksh->bkxh", weights_BKXS, v_BKSH)
-    return out_BKXH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    return out_BKXH.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 class Attention(nn.Module):
@@ -125,6 +125,30 @@ class Attention(nn.Module):
         """Attend within `x`, or to the cache after writing x's keys and values into it."""
         c = self.config
         B, T, D = x_BTD.shape
+        q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(x_BTD, place)
+        if cache is not None:
+            k_BTKH, v_BTKH = cache = LayerCache(
+                write_slots(cache.k_BSKH, k_BTKH, place.slot), write_slots(cache.v_BSKH, v_BTKH, place.slot)
+            )
+        out_BTNH = attention(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            q_positions=place.positions,
+            kv_positions=place.kv_positions,
+            segment_ids=place.segment_ids,
+            window=self.window,
+            softcap=c.attention_softcap,
+            keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),
+        )
+        out_sharding = sharding.spec("batch", "sequence", "heads")
+        out_BTF = jnp.reshape(out_BTNH, (B, T, c.num_heads * c.resolved_head_dim), out_sharding=out_sharding)
+        residual_std = c.initializer_std * (2 * c.num_layers) ** -0.5
+        return Linear(D, ("heads", "embed"), c.bias, residual_std, name="out")(out_BTF), cache
+
+    def queries_keys_values(self, x_BTD: jax.Array, place: Placement) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(B, T, N, H), (B, T, K, H) and (B, T, K, H): projected, normalized and rotated as the switches ask."""
+        c, (B, T, _) = self.config, x_BTD.shape
         H = c.resolved_head_dim
 
         def project(name: str, num_heads: int, axis: str) -> jax.Array:
@@ -141,26 +165,7 @@ class Attention(nn.Module):
         if c.positions == "rope":
             q_BTNH = rotate(q_BTNH, place.positions, c.rope_base, c.rotary_dim)
             k_BTKH = rotate(k_BTKH, place.positions, c.rope_base, c.rotary_dim)
-        if cache is not None:
-            k_BTKH, v_BTKH = cache = LayerCache(
-                write_slots(cache.k_BSKH, k_BTKH, place.slot), write_slots(cache.v_BSKH, v_BTKH, place.slot)
-            )
-        out_BTNH = attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            q_positions=place.positions,
-            kv_positions=place.kv_positions,
-            segment_ids=place.segment_ids,
-            window=self.window,
-            softcap=c.attention_softcap,
-            keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),
-        )
-        out_BTF = jnp.reshape(
-            out_BTNH, (B, T, c.num_heads * H), out_sharding=sharding.spec("batch", "sequence", "heads")
-        )
-        residual_std = c.initializer_std * (2 * c.num_layers) ** -0.5
-        return Linear(D, ("heads", "embed"), c.bias, residual_std, name="out")(out_BTF), cache
+        return q_BTNH, k_BTKH, v_BTKH
 
     def _dropout_mask(self, q_BTNH: jax.Array, S: int, key: jax.Array | None) -> jax.Array | None:
         rate = self.config.attention_dropout

@@ -1,0 +1,216 @@
+"""`python -m gptjax evaluate RUN ...`: how well runs predict text."""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptjax import cli
+from gptjax.config import DataConfig
+from gptjax.errors import UserError
+
+if TYPE_CHECKING:
+    from gptjax.evaluation.documents import Evaluation, TokenizedDocument
+    from gptjax.training.load import Run
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """What `python -m gptjax evaluate` was asked for."""
+
+    data: tuple[str, ...] = ()
+    """Text to predict, all of it: as data.path. Of prepared data, and by default of the run's own, the validation
+    split."""
+    text_field: str = "text"
+    """Field of a .jsonl line, or column of a .parquet file, that holds the text."""
+    step: str = "last"
+    """Checkpoint to use: last, best, or a step's number."""
+    context_length: int | None = None
+    """Tokens of a window. None: the model's context length."""
+    stride: int | None = None
+    """Tokens between the starts of windows. None: half a window."""
+    batch_size: int = 16
+    """Windows computed at once."""
+    out: str | None = None
+    """Picture of the loss at each position, .png or another kind. None: no picture."""
+    json: str | None = None
+    """File for everything, documents and positions too, one object per run; - is standard output. None: none."""
+
+
+def parse(arguments: Sequence[str]) -> tuple[list[Path], EvaluateArguments]:
+    """Read `RUN [RUN ...] [--data PATH ...] [--stride N] ...`.
+
+    Raises:
+        UserError: no run was named.
+        SystemExit: tyro's, as for `cli.parse_train`.
+    """
+    import tyro
+
+    runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    description = (
+        "Predict every token of a text once and report nats per token, bits per byte and perplexity. Each document is "
+        "read in windows that overlap, and starts after an end-of-text token."
+    )
+    prog = "python -m gptjax evaluate RUN [RUN ...]"
+    parsed = tyro.cli(EvaluateArguments, args=arguments[len(runs) :], prog=prog, description=description)
+    if not runs:
+        raise UserError("no run given; write: python -m gptjax evaluate RUN")
+    return [Path(run) for run in runs], parsed
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure how well runs predict text, by document and by position."""
+    runs, parsed = parse(arguments)
+
+    from gptjax.parallel import platform
+
+    platform.configure()
+
+    import jax
+
+    from gptjax.parallel.mesh import one_device_mesh
+
+    with jax.set_mesh(one_device_mesh()):
+        results = [_evaluate(directory, parsed) for directory in runs]
+    if parsed.json != "-":
+        _print_tables(results)
+    if parsed.out is not None:
+        from gptjax.evaluation.pictures import plot_positions
+
+        plot_positions({r["run"]: r["nats_per_token_by_position"] for r in results}, parsed.out)
+    if parsed.json is not None:
+        with cli.open_output(parsed.json) as file:
+            for result in results:
+                print(json.dumps(result, ensure_ascii=False), file=file)
+    return 0
+
+
+def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
+    from gptjax.evaluation.documents import evaluate_documents
+    from gptjax.model.accounting import parameter_counts
+    from gptjax.training.load import load_run
+
+    run = load_run(directory, parsed.step)
+    model = run.config.model
+    length = model.context_length if parsed.context_length is None else parsed.context_length
+    if not 1 <= length <= model.context_length:
+        raise UserError(f"--context-length {length} is not between 1 and the model's {model.context_length}")
+    stride = max(1, length // 2) if parsed.stride is None else parsed.stride
+    if not 1 <= stride <= length:
+        raise UserError(f"--stride {stride} is not between 1 and the window's {length} tokens: it would leave some out")
+    if parsed.batch_size < 1:
+        raise UserError(f"--batch-size is {parsed.batch_size}, but must be at least 1")
+    documents = list(_documents(run, parsed))
+    num_tokens = sum(len(document.token_ids) for document in documents)
+    if num_tokens < length:
+        nearest = f"; --context-length {num_tokens} works" if num_tokens else ""
+        raise UserError(f"the text has {num_tokens} tokens, fewer than one window of {length}{nearest}")
+    found = evaluate_documents(
+        *(model, run.params, documents, run.tokenizer.end_of_text_id),
+        window_tokens=length,
+        stride=stride,
+        batch_size=parsed.batch_size,
+    )
+    return {
+        "run": str(directory),
+        "step": run.step,
+        "parameters": parameter_counts(model)["total"],
+        "tokenizer": run.tokenizer.fingerprint,
+        "context_length": length,
+        "stride": stride,
+    } | _as_dict(found)
+
+
+def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocument]":
+    from gptjax.data.prepare import prepare
+    from gptjax.data.shards import INDEX_FILE
+    from gptjax.data.sources import read_documents
+    from gptjax.evaluation.documents import split_documents, tokenize
+
+    prepared = not parsed.data or (Path(parsed.data[0]) / INDEX_FILE).is_file()
+    if not prepared:
+        data = DataConfig(path=parsed.data, text_field=parsed.text_field)
+        return tokenize(read_documents(data, Counter()), run.tokenizer)
+    data = dataclasses.replace(run.config.data, path=parsed.data, weights=()) if parsed.data else run.config.data
+    opened = prepare(data, run.config.tokenizer, log=cli.print_to_stderr)
+    if opened.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError(
+            f"{opened.folder} was made with another tokenizer than {run.directory}; give text as --data, which the "
+            "run's own tokenizer reads"
+        )
+    tokens = opened.tokens("validation")
+    return split_documents(tokens[0 : len(tokens)], run.tokenizer)
+
+
+def _as_dict(found: "Evaluation") -> dict[str, Any]:
+    total = found.total
+    return {
+        "nats_per_token": total.nats_per_token,
+        "bits_per_byte": total.bits_per_byte,
+        "perplexity": total.perplexity,
+        "tokens": total.num_tokens,
+        "bytes": total.num_bytes,
+        "documents": [document._asdict() for document in found.documents],
+        "nats_per_token_by_position": [
+            nats / count if count else None for nats, count in zip(found.nats_T, found.tokens_T.tolist(), strict=True)
+        ],
+        "tokens_by_position": found.tokens_T.tolist(),
+    }
+
+
+def _print_tables(results: list[dict[str, Any]]) -> None:
+    names = ("step", "parameters", "nats/token", "bits/byte", "perplexity", "tokens", "bytes", "documents")
+    whole = cli.make_table("", "run", *names)
+    for r in results:
+        figures = (f"{r['nats_per_token']:.4f}", f"{r['bits_per_byte']:.4f}", f"{r['perplexity']:.2f}")
+        counts = (f"{r['tokens']:,}", f"{r['bytes']:,}", f"{len(r['documents']):,}")
+        whole.add_row(r["run"], str(r["step"]), f"{r['parameters']:,}", *figures, *counts)
+    cli.print_wide(whole)
+    for r in results:
+        print(f"{r['run']}: windows of {r['context_length']} tokens, {r['stride']} apart")
+    if len({r["tokenizer"] for r in results}) > 1:
+        print("These runs have different tokenizers: only bits/byte can be compared.")
+    title = "nats/token by the number of tokens before it in the window that predicted a token"
+    positions = cli.make_table(title, "run", *_bins(results))
+    for r in results:
+        positions.add_row(r["run"], *_by_bin(r, _bins(results)))
+    cli.print_wide(positions)
+    if len(results) == 1:
+        _print_extremes(results[0]["documents"])
+
+
+def _bins(results: list[dict[str, Any]]) -> list[str]:
+    """0, 1, 2-3, 4-7 and so on."""
+    longest = max(len(r["tokens_by_position"]) for r in results)
+    edges = [0, *(2**n for n in range(longest.bit_length()) if 2**n < longest), longest]
+    return [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)]
+
+
+def _by_bin(result: dict[str, Any], bins: list[str]) -> Iterator[str]:
+    losses, counts = result["nats_per_token_by_position"], result["tokens_by_position"]
+    for name in bins:
+        first, _, last = name.partition("-")
+        chosen = range(int(first), min(int(last or first) + 1, len(counts)))
+        weight = sum(counts[t] for t in chosen)
+        yield f"{sum(losses[t] * counts[t] for t in chosen if counts[t]) / weight:.3f}" if weight else "-"
+
+
+def _print_extremes(documents: list[dict[str, Any]]) -> None:
+    """The best and the worst predicted documents, three of each."""
+
+    def bits_per_byte(document: dict[str, Any]) -> float:
+        return document["nats"] / math.log(2) / max(1, document["num_bytes"])
+
+    ranked = sorted(documents, key=bits_per_byte)
+    table = cli.make_table("documents by bits/byte", "", "bits/byte", "tokens")
+    for number, document in enumerate(ranked):
+        if number == 3 and len(ranked) > 6:
+            table.add_row(f"... {len(ranked) - 6:,} between ...", "", "")
+        if number < 3 or number >= len(ranked) - 3:
+            table.add_row(document["origin"], f"{bits_per_byte(document):.3f}", f"{document['num_tokens']:,}")
+    cli.print_wide(table)

@@ -1,0 +1,160 @@
+"""How well a model predicts whole documents: sliding windows, the loss of each document and at each position.
+
+Shape suffixes: B windows of a batch, T tokens of a window, V vocabulary.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.data.formats import Document
+from gptjax.evaluation.perplexity import Perplexity
+from gptjax.model.gpt import GPT, Params
+from gptjax.parallel import sharding
+from gptjax.parallel.precision import compute_copy, compute_dtype
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training.losses import cross_entropy
+
+
+class TokenizedDocument(NamedTuple):
+    """A document's tokens, without the end-of-text token, and the UTF-8 bytes of its text."""
+
+    origin: str
+    token_ids: list[int] | np.ndarray
+    num_bytes: int
+
+
+class DocumentLoss(NamedTuple):
+    """What a document's tokens cost together, in nats."""
+
+    origin: str
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation of documents found."""
+
+    documents: list[DocumentLoss]
+    nats_T: np.ndarray
+    """Sum of the losses of tokens with so many tokens before them in their window, the end-of-text token included."""
+    tokens_T: np.ndarray
+    """How many those are."""
+
+    @property
+    def total(self) -> Perplexity:
+        """Over all tokens of all documents."""
+        nats = sum(document.nats for document in self.documents)
+        num_tokens = sum(document.num_tokens for document in self.documents)
+        return Perplexity(nats / num_tokens, num_tokens, sum(document.num_bytes for document in self.documents))
+
+
+class Window(NamedTuple):
+    """Tokens `start` to `stop` of a document, of which those from `scored` on have not been predicted before."""
+
+    start: int
+    scored: int
+    stop: int
+
+
+def windows(num_tokens: int, length: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `length` predicted tokens, each `stride` after the last, until all are predicted once."""
+    scored = 0
+    for start in itertools.count(0, stride):
+        stop = min(start + length, num_tokens)
+        yield Window(start, scored, stop)
+        scored = stop
+        if stop == num_tokens:
+            return
+
+
+def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+    """Documents, long ones from their pieces, as tokens.
+
+    Raises:
+        UserError: the tokenizer cannot encode a text without loss.
+    """
+    ids, num_bytes = [], 0
+    for document in documents:
+        piece = tokenizer.encode(document.text)
+        tokenizer.require_lossless(document.text, piece)
+        ids, num_bytes = ids + piece, num_bytes + len(document.text.encode())
+        if document.last:
+            yield TokenizedDocument(document.origin, ids, num_bytes)
+            ids, num_bytes = [], 0
+
+
+def split_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+    """The documents of a split's tokens, which end with the end-of-text token or with the tokens."""
+    token_bytes = np.array([len(raw) for raw in tokenizer.token_bytes()])
+    ends = [*np.flatnonzero(tokens == tokenizer.end_of_text_id), len(tokens)]
+    starts = [0, *(end + 1 for end in ends)]
+    for number, (start, end) in enumerate(zip(starts, ends, strict=False), start=1):
+        if end > start:
+            ids = np.asarray(tokens[start:end], np.int32)
+            yield TokenizedDocument(f"document {number}", ids, int(token_bytes[ids].sum()))
+
+
+def evaluate_documents(
+    config: ModelConfig,
+    params: Params,
+    documents: Iterable[TokenizedDocument],
+    separator: int,
+    *,
+    window_tokens: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 16,
+) -> Evaluation:
+    """Predict every token of every document exactly once, under the current mesh.
+
+    A document is preceded by the separator, as in training, so that its first token counts, too. Windows
+    start `stride` tokens apart; all but a document's first predict only what the one before has not, with
+    at least `window_tokens - stride` tokens before it.
+
+    Args:
+        separator: the token that stands between documents.
+        window_tokens: tokens of a window; None: the model's context length.
+        stride: None: half a window. A whole window is quickest, and has the least context.
+        batch_size: windows computed at once; over the mesh's batch axes.
+    """
+    length = window_tokens or config.context_length
+    stride = stride or max(1, length // 2)
+    weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
+    losses: list[DocumentLoss] = []
+    nats_T, tokens_T = np.zeros(length), np.zeros(length, int)
+
+    def rows() -> Iterator[tuple[int, Window, np.ndarray]]:
+        for number, document in enumerate(documents):
+            losses.append(DocumentLoss(document.origin, 0.0, len(document.token_ids), document.num_bytes))
+            tokens = np.concatenate([[separator], document.token_ids]).astype(np.int32)
+            for window in windows(len(document.token_ids), length, stride):
+                yield number, window, tokens[window.start : window.stop + 1]
+
+    for batch in _batched(rows(), batch_size):
+        tokens_BT = np.full((batch_size, length + 1), separator, np.int32)
+        for row, (_, _, tokens) in enumerate(batch):
+            tokens_BT[row, : len(tokens)] = tokens
+        nll_BT = np.asarray(_token_losses(config, weights, sharding.put_batch(tokens_BT)), np.float64)
+        for nll_T, (number, window, _) in zip(nll_BT, batch, strict=False):
+            scored = slice(window.scored - window.start, window.stop - window.start)
+            losses[number] = losses[number]._replace(nats=losses[number].nats + nll_T[scored].sum())
+            nats_T[scored] += nll_T[scored]
+            tokens_T[scored] += 1
+    return Evaluation(losses, nats_T, tokens_T)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _token_losses(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    logits_BTV, _ = GPT(config).apply({"params": params}, tokens_BT[:, :-1])
+    return cross_entropy(logits_BTV, tokens_BT[:, 1:])[0]
+
+
+def _batched(items: Iterator, size: int) -> Iterator[list]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch

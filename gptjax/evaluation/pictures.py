@@ -1,0 +1,179 @@
+"""Pictures of what a model does. Figures are drawn without pyplot, so that they touch no global state.
+
+Shape suffixes: T tokens, S tokens looked at, N heads, L layers.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gptjax.errors import UserError
+from gptjax.evaluation.inside import Lens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_TOKENS = 64
+"""More do not fit a picture: their labels could not be read."""
+MAX_PANELS = 192
+"""Heads of a picture."""
+
+
+def plot_attention(
+    weights_LNTS: np.ndarray, labels: Sequence[str], path: str | os.PathLike | None = None, layers: Sequence[int] = ()
+) -> "Figure":
+    """Every head's attention: a row of panels for each layer, a panel for each head.
+
+    Args:
+        labels: the tokens, as they are to be shown.
+        path: where to write the figure as well.
+        layers: numbers of the layers, counted from 0; none: all.
+
+    Raises:
+        UserError: matplotlib is missing, or more tokens or heads than fit a picture.
+    """
+    layers = [*layers] or [*range(len(weights_LNTS))]
+    labels = [_drawable(label) for label in labels]
+    num_heads, T = weights_LNTS.shape[1], len(labels)
+    require_fits(T)
+    if len(layers) * num_heads > MAX_PANELS:
+        raise UserError(
+            f"{len(layers)} layers of {num_heads} heads are {len(layers) * num_heads} panels, more than the "
+            f"{MAX_PANELS} that fit a picture; choose at most {max(1, MAX_PANELS // num_heads)} with --layer"
+        )
+    side = max(1.6, 0.13 * T)
+    figure = _figure(num_heads * side + 1.2, len(layers) * side + 0.9)
+    axes = figure.subplots(len(layers), num_heads, squeeze=False)
+    size = 7 if T <= 24 else 4.5
+    for row, layer in enumerate(layers):
+        for head in range(num_heads):
+            panel = axes[row, head]
+            # The root shows small weights, too; the scale is the same everywhere. What comes later is white.
+            seen_TS = np.where(np.tri(T, dtype=bool), np.sqrt(weights_LNTS[layer, head]), np.nan)
+            image = panel.imshow(seen_TS, cmap="magma_r", vmin=0, vmax=1)
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_linewidth(0.4)
+            if row == 0:
+                panel.set_title(f"head {head}", fontsize=8)
+            if row == len(layers) - 1:
+                panel.set_xticks(range(T), labels, rotation=90, fontsize=size)
+            if head == 0:
+                panel.set_yticks(range(T), labels, fontsize=size)
+                panel.set_ylabel(f"layer {layer}", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, pad=0.01)
+    marks = (0, 0.01, 0.1, 0.25, 0.5, 1)
+    bar.set_ticks([math.sqrt(mark) for mark in marks], labels=[f"{mark:g}" for mark in marks], fontsize=7)
+    figure.suptitle("attention: each row is a token, its columns the tokens that it looks at", fontsize=9)
+    return _saved(figure, path)
+
+
+def plot_logit_lens(
+    lens: Lens,
+    labels: Sequence[str],
+    predicted_LT: Sequence[Sequence[str]],
+    path: str | os.PathLike | None = None,
+    layers: Sequence[int] = (),
+) -> "Figure":
+    """What each layer would predict after each token, coloured by its probability, the last layer at the top.
+
+    Args:
+        labels: the tokens, as they are to be shown.
+        predicted_LT: the predicted tokens, as they are to be shown.
+        layers: what the rows are called; none: 0, 1, 2 and on.
+
+    Raises:
+        UserError: matplotlib is missing, or more tokens than fit a picture.
+    """
+    L, T = lens.probability_LT.shape
+    labels = [_drawable(label) for label in labels]
+    require_fits(T)
+    figure = _figure(0.75 * T + 1.8, 0.32 * L + 1.5)
+    axes = figure.subplots()
+    image = axes.imshow(lens.probability_LT, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for layer in range(L):
+        for t in range(T):
+            dark = lens.probability_LT[layer, t] < 0.6
+            text = _drawable(predicted_LT[layer][t])
+            text = text if len(text) <= 9 else text[:8] + "…"
+            axes.text(t, layer, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+    axes.set_xticks(range(T), labels, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(L), [f"after layer {layer}" for layer in layers or range(L)], fontsize=7)
+    axes.set_title("the next token that each layer would predict, and its probability", fontsize=9)
+    figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
+    return _saved(figure, path)
+
+
+def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.PathLike | None = None) -> "Figure":
+    """Loss in nats a token against the number of tokens before, one line for each name; None is unknown.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    figure = _figure(7, 4.2)
+    axes = figure.add_subplot(xlabel="tokens before, in the window", ylabel="loss (nats per token)")
+    for name, values in losses.items():
+        points = [(1 + t, value) for t, value in enumerate(values) if value is not None]
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _saved(figure, path)
+
+
+def token_label(raw: bytes, name: str = "") -> str:
+    """A token for a picture: its text, spaces as ␣, and what cannot be seen or drawn as an escape.
+
+    Args:
+        raw: its bytes; none for special tokens.
+        name: what a special token is called.
+    """
+    if not raw:
+        return name or "∅"
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        return "".join(f"\\x{byte:02x}" for byte in raw)
+    return "".join("␣" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def require_fits(num_tokens: int) -> None:
+    """
+    Raises:
+        UserError: more tokens than fit a picture.
+    """
+    if num_tokens > MAX_TOKENS:
+        raise UserError(f"the text has {num_tokens} tokens, more than the {MAX_TOKENS} that fit a picture; shorten it")
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('pictures need matplotlib: pip install "gptjax[log]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@functools.cache
+def _drawable(text: str) -> str:
+    """The text, with what matplotlib's own font cannot draw, such as Chinese, as the number of its character."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    # A dollar sign would start a formula.
+    shown = (c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
+    return "".join(shown).replace("$", r"\$")
+
+
+def _saved(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
+    if path is not None:
+        try:
+            figure.savefig(path, dpi=150)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write the picture {path}: {error}") from error
+    return figure

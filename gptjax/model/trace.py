@@ -1,0 +1,57 @@
+"""The model opened up: what each head looks at, by the very functions that it computes with.
+
+Shape suffixes: B batch, T query tokens, S key tokens, D model, N query heads, K key/value heads, L layers.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax.model.attention import Attention, Placement, attention
+from gptjax.model.gpt import GPT, Block, make_norm, unstack
+from gptjax.model.layers import normal
+from gptjax.parallel import sharding
+from gptjax.parallel.precision import compute_dtype
+
+
+class AttentionWeights(Attention):
+    """The weights that `Attention` multiplies values by: what it gives where the values are the identity."""
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, place: Placement) -> jax.Array:
+        """(B, T, N, S)."""
+        q_BTNH, k_BSKH, _ = self.queries_keys_values(x_BTD, place)
+        B, S, K, _ = k_BSKH.shape
+        identity = jnp.broadcast_to(jnp.eye(S, dtype=x_BTD.dtype)[None, :, None, :], (B, S, K, S))
+        return attention(
+            q_BTNH,
+            k_BSKH,
+            sharding.reshard(identity, "batch", "sequence", "kv_heads", "head_dim"),
+            q_positions=place.positions,
+            kv_positions=place.kv_positions,
+            window=self.window,
+            softcap=self.config.attention_softcap,
+        )
+
+
+class Trace(GPT):
+    """`GPT` with the attention weights of all layers as its result."""
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """(L, B, N, T, S), float32; row t has weights for tokens 0 to t that sum to 1."""
+        c = self.config
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        positions = sharding.reshard(positions, "batch", "sequence")
+        embedding_VD = self.param(
+            "embedding", normal(c.initializer_std, "vocab", "embed"), (c.padded_vocab_size, c.model_dim)
+        )
+        x_BTD = self._embed(embedding_VD, tokens_BT, positions).astype(compute_dtype(c))
+        place, norm = Placement(positions, positions), make_norm(c, None)
+        weights = []
+        for window, params in zip(c.layer_windows, unstack(self.get_variable("params", "blocks")), strict=True):
+            y_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD) if c.norm_position == "pre" else x_BTD
+            layer = AttentionWeights(c, window, parent=None).apply({"params": params["attention"]}, y_BTD, place)
+            weights.append(layer.astype(jnp.float32).transpose(0, 2, 1, 3))
+            x_BTD, _ = Block(c, window, parent=None).apply({"params": params}, x_BTD, place)
+        return jnp.stack(weights)

@@ -1,0 +1,86 @@
+"""`python -m gptjax evaluate`, as called."""
+
+import json
+import math
+
+import pytest
+
+from gptjax.commands import evaluate
+from gptjax.errors import UserError
+
+
+def results(*arguments: str, capsys) -> list[dict]:
+    assert evaluate.main([*map(str, arguments), "--json", "-"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_runs_own_validation_split(run, capsys):
+    """Windows that do not overlap give what the run itself found, but for the tokens that its rows leave out."""
+    (result,) = results(run, "--stride", "32", capsys=capsys)
+    summary = json.loads((run / "summary.json").read_text())
+    assert result["nats_per_token"] == pytest.approx(summary["val_loss"], rel=0.02)
+    assert result["perplexity"] == pytest.approx(math.exp(result["nats_per_token"]))
+    assert sum(d["nats"] for d in result["documents"]) == pytest.approx(result["nats_per_token"] * result["tokens"])
+    assert sum(result["tokens_by_position"]) == result["tokens"]
+    assert result["step"] == 4
+
+
+def test_given_text_several_runs_any_step(run, tmp_path, capsys):
+    """Bytes are those of the text, whatever the step; earlier steps predict worse."""
+    text = "The cat sat on mat 9. 猫坐在垫子上。\n" * 20
+    path = tmp_path / "a.txt"
+    path.write_text(text, encoding="utf-8")
+    (last,) = results(run, "--data", path, capsys=capsys)
+    (best,) = results(run, "--data", path, "--step", "best", capsys=capsys)
+    assert last["bytes"] == best["bytes"] == len(text.encode())
+    assert [d["origin"] for d in last["documents"]] == [str(path)]
+    both = results(run, run, "--data", path, "--context-length", "16", capsys=capsys)
+    assert len(both) == 2
+    assert both[0] == both[1]
+    assert both[0]["nats_per_token"] > last["nats_per_token"] * 0.9
+    assert both[0]["stride"] == 8
+
+
+def test_tables_and_picture(run, tmp_path, capsys):
+    """What is printed names the run and the figures of the JSON, uncut; the picture is there."""
+    out = tmp_path / "positions.png"
+    assert evaluate.main([str(run), "--out", str(out), "--json", str(tmp_path / "all.json")]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert str(run) in printed
+    assert f"{result['nats_per_token']:.4f}" in printed
+    assert f"{result['bits_per_byte']:.4f}" in printed
+    assert "windows of 32 tokens, 16 apart" in printed
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stride", "33"], r"--stride 33 is not between 1 and the window's 32 tokens"),
+        (["--stride", "0"], "--stride 0 is not between"),
+        (["--context-length", "64"], r"--context-length 64 is not between 1 and the model's 32"),
+        (["--data", "missing.txt"], "missing.txt does not exist"),
+        (["--step", "3"], "step"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+    ],
+)
+def test_refusals_are_one_line(run, arguments, message):
+    with pytest.raises(UserError, match=message) as error:
+        evaluate.main([str(run), *arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_shorter_than_a_window_says_what_works(run, tmp_path, capsys):
+    path = tmp_path / "short.txt"
+    path.write_text("The cat.")
+    with pytest.raises(UserError, match=r"fewer than one window of 32; --context-length (\d+) works") as error:
+        evaluate.main([str(run), "--data", str(path)])
+    works = str(error.value).split("--context-length ")[1].split()[0]
+    (result,) = results(run, "--data", path, "--context-length", works, capsys=capsys)
+    assert result["tokens"] == int(works)
+
+
+def test_no_run_is_asked_for():
+    with pytest.raises(UserError, match="no run given"):
+        evaluate.main([])

@@ -1,0 +1,126 @@
+"""Sliding windows against a model asked for one token at a time."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax.config import ModelConfig, TokenizerConfig
+from gptjax.data.formats import Document
+from gptjax.errors import UserError
+from gptjax.evaluation.documents import (
+    TokenizedDocument,
+    evaluate_documents,
+    split_documents,
+    tokenize,
+    windows,
+)
+from gptjax.evaluation.perplexity import evaluate
+from gptjax.model.gpt import GPT
+from gptjax.text.tokenizer import train_tokenizer
+
+SEPARATOR, CONTEXT = 0, 16  # the tiny model's
+RANDOM = np.random.default_rng(0)
+DOCUMENTS = [
+    TokenizedDocument(f"d{length}", RANDOM.integers(1, 61, length).astype(np.int32), 2 * length)
+    for length in (40, 1, 16, 17, 5)
+]
+
+
+@pytest.fixture(scope="module")
+def made():
+    config = ModelConfig(
+        num_layers=2, model_dim=32, num_heads=4, context_length=CONTEXT, vocab_size=61, compute_dtype="float32"
+    )
+    params = jax.jit(GPT(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return config, jax.tree.map(lambda p: 5 * p, params)
+
+
+@given(num_tokens=st.integers(1, 100), length=st.integers(1, 30), data=st.data())
+def test_every_token_is_scored_once_with_what_context_there_is(num_tokens, length, data):
+    stride = data.draw(st.integers(1, length))
+    found = list(windows(num_tokens, length, stride))
+    scored = [t for window in found for t in range(window.scored, window.stop)]
+    assert scored == list(range(num_tokens))
+    for number, window in enumerate(found):
+        assert window.start == number * stride
+        assert window.stop - window.start <= length
+        if number:
+            assert window.scored - window.start >= length - stride
+
+
+def by_hand(config, params, document, stride):
+    """Each token predicted alone, from the window that the rule gives it: no batching, no masks, no sums."""
+    tokens = [SEPARATOR, *document.token_ids]
+    logits_of = jax.jit(lambda row: GPT(config).apply({"params": params}, row)[0])
+    losses = []
+    for window in windows(len(document.token_ids), CONTEXT, stride):
+        padded = np.zeros((1, CONTEXT), np.int32)
+        inputs = tokens[window.start : window.stop]
+        padded[0, : len(inputs)] = inputs
+        log_probability = np.asarray(jax.nn.log_softmax(logits_of(padded)[0]), np.float64)
+        for t in range(window.scored, window.stop):
+            losses.append(-log_probability[t - window.start, tokens[t + 1]])
+    return losses
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_sums_are_those_of_tokens_predicted_one_by_one(made, stride, batch_size):
+    config, params = made
+    found = evaluate_documents(config, params, DOCUMENTS, SEPARATOR, stride=stride, batch_size=batch_size)
+    expected = [by_hand(config, params, document, stride) for document in DOCUMENTS]
+    for document, losses, given_ in zip(found.documents, expected, DOCUMENTS, strict=True):
+        assert document.nats == pytest.approx(sum(losses), rel=1e-5)
+        assert (document.origin, document.num_tokens) == (given_.origin, len(losses))
+    total = found.total
+    assert total.num_tokens == sum(map(len, expected)) == found.tokens_T.sum()
+    assert total.num_bytes == 2 * total.num_tokens
+    assert total.nats_per_token == pytest.approx(sum(map(sum, expected)) / total.num_tokens, rel=1e-5)
+    assert found.nats_T.sum() == pytest.approx(sum(map(sum, expected)), rel=1e-5)
+
+
+def test_whole_windows_are_the_evaluation_of_training(made):
+    """With windows as far apart as they are long, one document is evaluated as a run evaluates its rows."""
+    config, params = made
+    tokens = RANDOM.integers(1, 61, 4 * CONTEXT).astype(np.int32)
+    found = evaluate_documents(config, params, [TokenizedDocument("", tokens, 1)], SEPARATOR, stride=CONTEXT)
+    stream = np.concatenate([[SEPARATOR], tokens])
+    rows = np.stack([stream[i * CONTEXT : (i + 1) * CONTEXT + 1] for i in range(4)])
+    expected = evaluate(config, params, [(rows, 4)], np.ones(61, np.int32))
+    assert found.total.nats_per_token == pytest.approx(expected.nats_per_token, rel=1e-6)
+    np.testing.assert_array_equal(found.tokens_T, np.full(CONTEXT, 4))
+
+
+def test_a_model_that_knows_nothing_has_the_logarithm_of_the_vocabulary(made):
+    config, params = made
+    zero = jax.tree.map(jnp.zeros_like, params)
+    found = evaluate_documents(config, zero, DOCUMENTS, SEPARATOR)
+    assert found.total.nats_per_token == pytest.approx(math.log(61), rel=1e-6)
+    assert found.total.perplexity == pytest.approx(61, rel=1e-5)
+
+
+def test_documents_from_text_and_from_shards_are_the_same():
+    """Pieces are joined, ends of text are left out, and the bytes are those of the text."""
+    texts = ["first döcument", "second", "第三"]
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300))
+    pieces = [Document("first ", "0", last=False), Document("döcument", "0", first=False), *texts[1:]]
+    pieces = [p if isinstance(p, Document) else Document(p, "") for p in pieces]
+    from_text = list(tokenize(pieces, tokenizer))
+    assert [d.num_bytes for d in from_text] == [len(text.encode()) for text in texts]
+    stream = np.concatenate([[*tokenizer.encode(text), tokenizer.end_of_text_id] for text in texts])
+    for tokens in (stream, stream[:-1]):
+        from_shards = list(split_documents(tokens, tokenizer))
+        assert [d.num_bytes for d in from_shards] == [d.num_bytes for d in from_text]
+        assert [tokenizer.decode(d.token_ids) for d in from_shards] == texts
+    assert [tokenizer.decode(d.token_ids) for d in from_text] == texts
+
+
+def test_text_that_the_tokenizer_loses_is_refused():
+    char = train_tokenizer(["abc"], TokenizerConfig(kind="char"))
+    with pytest.raises(UserError, match="never seen 'd'"):
+        list(tokenize([Document("abcd", "")], char))
