@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from gptjax import cli
-from gptjax.commands import attention, evaluate, prepare
+from gptjax.commands import attention, env, evaluate, prepare
 from gptjax.errors import UserError
 
-COMMANDS = {"prepare": prepare.main, "evaluate": evaluate.main, "attention": attention.main}
+COMMANDS = {"prepare": prepare.main, "evaluate": evaluate.main, "attention": attention.main, "env": env.main}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from gptjax.stages import messages
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.ledger import Ledger
+from gptjax.training.loggers import Logger, open_loggers
 from gptjax.training.loop import Callbacks, Diverged, fit, is_due
 from gptjax.training.losses import language_model_loss
 from gptjax.training.metrics import METRICS_FILE, Console, MetricsLog, read_metrics
@@ -84,18 +86,20 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
     with (
         checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint) as manager,
         stop_on_signals() as stop,
+        ExitStack() as opened,
     ):
         state, progress, seconds_before = _start(model, optimizer, config, directory, data)
         # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
         run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
         run_dir.save_config(directory, config, run_dir.environment())
         _cut_back(directory, progress.step)
+        loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
         console.message(messages.description(config, sources, held_out, progress))
         ledger = Ledger(before=seconds_before)
         weights, seed = config.data.weights, config.training.seed
         stream = RowStream([*sources.values()], seed, progress.sequences, weights=weights)
         callbacks = Callbacks(
-            report=_reporter(config, MetricsLog(directory / METRICS_FILE), console),
+            report=_reporter(config, MetricsLog(directory / METRICS_FILE), loggers, console),
             evaluate=_evaluator(config, held_out, data.tokenizer),
             sample=_sampler(config, directory, data.tokenizer, console),
             save=_saver(config, manager, data, ledger),
@@ -262,9 +266,13 @@ def _mfu_per_token_rate(config: Config) -> float | None:
     return mfu(1.0, training_flops_per_token(config.model).total, jax.device_count(), peak)
 
 
-def _reporter(config: Config, log: MetricsLog, console: Console) -> Callable[[dict[str, Any]], None]:
+def _reporter(
+    config: Config, log: MetricsLog, loggers: Sequence[Logger], console: Console
+) -> Callable[[dict[str, Any]], None]:
     def report(metrics: dict[str, Any]) -> None:
         log.write(metrics)
+        for logger in loggers:
+            logger.log(metrics)
         if "val_loss" in metrics:
             console.log_evaluation(metrics)
             return
