@@ -3,10 +3,16 @@
 from collections.abc import Sequence
 
 from gptjax import cli
-from gptjax.commands import attention, env, evaluate, prepare
+from gptjax.commands import attention, env, evaluate, prepare, tokenizer
 from gptjax.errors import UserError
 
-COMMANDS = {"prepare": prepare.main, "evaluate": evaluate.main, "attention": attention.main, "env": env.main}
+COMMANDS = {
+    "prepare": prepare.main,
+    "tokenizer": tokenizer.main,
+    "evaluate": evaluate.main,
+    "attention": attention.main,
+    "env": env.main,
+}
 
 
 def main(arguments: Sequence[str]) -> int:

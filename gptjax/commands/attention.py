@@ -61,8 +61,9 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from gptjax.evaluation.pictures import require_fits, token_label
+    from gptjax.evaluation.pictures import require_fits
     from gptjax.parallel.mesh import one_device_mesh
+    from gptjax.text.labels import token_label
     from gptjax.training.load import load_run
 
     with jax.set_mesh(one_device_mesh()):

@@ -126,22 +126,6 @@ def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.
     return _saved(figure, path)
 
 
-def token_label(raw: bytes, name: str = "") -> str:
-    """A token for a picture: its text, spaces as ␣, and what cannot be seen or drawn as an escape.
-
-    Args:
-        raw: its bytes; none for special tokens.
-        name: what a special token is called.
-    """
-    if not raw:
-        return name or "∅"
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in raw)
-    return "".join("␣" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def require_fits(num_tokens: int) -> None:
     """
     Raises:

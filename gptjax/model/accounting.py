@@ -28,6 +28,29 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "TPU v6e": 918e12,
 }
 
+PEAK_BYTES_PER_SECOND: dict[str, float] = {
+    # Bandwidth of device memory, from the same data sheets.
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA A100-PCIE-40GB": 1.555e12,
+    "NVIDIA A100 80GB PCIe": 1.935e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA L4": 0.3e12,
+    "NVIDIA L40S": 0.864e12,
+    "NVIDIA GeForce RTX 3090": 0.936e12,
+    "NVIDIA GeForce RTX 4090": 1.008e12,
+    "NVIDIA B200": 8.0e12,
+    "TPU v4": 1.2e12,
+    "TPU v5 lite": 0.819e12,
+    "TPU v5e": 0.819e12,
+    "TPU v5": 2.765e12,
+    "TPU v5p": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+    "TPU v6e": 1.64e12,
+}
+
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, without the padding of the vocabulary; `total` is their sum."""
@@ -89,6 +112,11 @@ def training_flops_per_token(config: ModelConfig, num_tokens: int | None = None)
         full += seen
         causal += (seen * (seen + 1) / 2 + (T - seen) * seen) / T  # mean over queries of min(position + 1, window)
     return FlopsPerToken(6 * weights, round(12 * N * H * full), round(12 * N * H * causal))
+
+
+def peak_bandwidth(device_kind: str) -> float | None:
+    """Bytes per second of one device's memory, or None where the table does not know it."""
+    return PEAK_BYTES_PER_SECOND.get(device_kind)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

@@ -7,7 +7,7 @@ import pytest
 
 from gptjax.commands import attention
 from gptjax.errors import UserError
-from gptjax.evaluation.pictures import plot_attention, token_label
+from gptjax.evaluation.pictures import plot_attention
 
 
 def test_every_head_is_drawn_and_numbers_are_given(run, tmp_path, capsys):
@@ -62,21 +62,6 @@ def test_refusals_are_one_line(run, arguments, message):
 def test_too_many_panels_name_the_number_that_fits():
     with pytest.raises(UserError, match=r"48 layers of 25 heads are 1200 panels.*at most 7 with --layer"):
         plot_attention(np.ones((48, 25, 2, 2)), ["a", "b"])
-
-
-@pytest.mark.parametrize(
-    ("raw", "name", "expected"),
-    [
-        (b" cat", "", "␣cat"),
-        (b"\n\t", "", r"\n\t"),
-        ("中".encode(), "", "中"),
-        ("中".encode()[:2], "", r"\xe4\xb8"),
-        (b"", "<|endoftext|>", "<|endoftext|>"),
-        (b"", "", "∅"),
-    ],
-)
-def test_labels_show_what_cannot_be_seen(raw, name, expected):
-    assert token_label(raw, name) == expected
 
 
 def test_odd_labels_are_drawn_without_a_warning(tmp_path):

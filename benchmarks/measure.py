@@ -1,0 +1,126 @@
+"""What the speed benchmarks share: a configuration from the command line, the machine, and a table with its JSON.
+
+It needs no more than JAX, Flax, Optax and NumPy, so that it runs on images that have nothing else.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.config import Config, load_config, replace_fields, resolve
+from gptjax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options that all have; `--section.field value` overrides the configuration."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument("config", type=Path, help="a configuration file; --section.field value overrides it")
+    made.add_argument("--vocab-size", type=int, help="default: the configuration's")
+    made.add_argument("--json", help="file for the results, or - for standard output")
+    made.add_argument("--profile", help="folder for a jax.profiler trace of one measurement")
+    return made
+
+
+def read(made: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
+    """Parsed options, and the configuration with its overrides, resolved for this machine's devices."""
+    left, overrides = [], {}
+    words = iter(arguments)
+    for word in words:  # before argparse, which would take an override's value for the configuration
+        if word.startswith("--") and "." in word:
+            overrides[word[2:].replace("-", "_")] = _value(next(words, ""))
+        else:
+            left.append(word)
+    options = made.parse_args(left)
+    config = load_config(options.config)
+    try:
+        config = replace_fields(config, overrides)
+    except KeyError as error:
+        raise UserError(f"no section {error} in the configuration") from error
+    return options, resolved(config, options.vocab_size)
+
+
+def resolved(config: Config, vocab_size: int | None) -> Config:
+    """As a run would resolve it, with a made vocabulary of the size that its tokenizer asks for."""
+
+    @dataclasses.dataclass
+    class MadeTokenizer:
+        vocab_size: int
+
+    size = vocab_size or config.model.vocab_size or config.tokenizer.vocab_size
+    return resolve(dataclasses.replace(config, run_dir="none"), jax.devices(), MadeTokenizer(size))
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "device_count": jax.device_count(), "jax": jax.__version__}
+
+
+def peak_memory_bytes(program: Any) -> int | None:
+    """The most memory that a device has used so far; where it does not count, what the program was planned with."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    plan = program.memory_analysis()
+    if plan is None:
+        return None
+    total = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return int(total - plan.alias_size_in_bytes)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def show(rows: Sequence[dict[str, Any]], columns: dict[str, str], destination: str | None) -> None:
+    """Print the rows under their columns, each a title and a format, and write them as JSON.
+
+    Standard output has either the table or the JSON.
+    """
+    if destination != "-":
+        cells = [[*columns], *([_cell(row.get(name), form) for name, form in columns.items()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    text = json.dumps(rows[0] if len(rows) == 1 else list(rows))
+    if destination == "-":
+        print(text)
+    elif destination:
+        Path(destination).write_text(text + "\n", encoding="utf-8")
+
+
+def _cell(value: Any, form: str) -> str:
+    return "unknown" if value is None else format(value, form)
+
+
+def run(main: Any) -> None:
+    """Run a benchmark; what its user can mend is one line and exit status 2."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
