@@ -19,6 +19,7 @@ _MODULE_OF = {
     "UserError": "gptjax.errors",
     "Tokenizer": "gptjax.text.tokenizer",
     "train_tokenizer": "gptjax.text.tokenizer",
+    "load_tokenizer": "gptjax.text.files",
     "prepare": "gptjax.data.prepare",
     "GPT": "gptjax.model.gpt",
     "train": "gptjax.stages.pretrain",
@@ -30,6 +31,11 @@ _MODULE_OF = {
     "generate": "gptjax.sampling.generate",
     "stream": "gptjax.sampling.generate",
     "evaluate": "gptjax.evaluation.perplexity",
+    "evaluate_documents": "gptjax.evaluation.documents",
+    "attention_weights": "gptjax.evaluation.inside",
+    "logit_lens": "gptjax.evaluation.inside",
+    "plot_attention": "gptjax.evaluation.pictures",
+    "plot_logit_lens": "gptjax.evaluation.pictures",
 }
 __all__ = list(_MODULE_OF)
 

@@ -1,7 +1,9 @@
 """Eight fake CPU devices, strict broadcasting, one compilation cache, and the small models of the tests."""
 
 import os
+import random
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 XLA_FLAGS = (
@@ -82,3 +84,39 @@ def mesh():
     current = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(current):
         yield current
+
+
+TINY = """
+from gptjax.config import *
+config = Config(
+    model=ModelConfig(num_layers=2, model_dim=32, num_heads=4, context_length=16, residual_dropout=0.1),
+    tokenizer=TokenizerConfig(vocab_size=300),
+    data=DataConfig(path="corpus"),
+    optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=3),
+    training=TrainingConfig(
+        steps=12, batch_size=16, micro_batch_size=8, log_every_steps=1, eval_every_steps=4, sample_every_steps=0,
+        sample_tokens=8, sample_prompt="the ",
+    ),
+    checkpoint=CheckpointConfig(every_steps=4),
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a corpus of 150 documents and a configuration for it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "corpus").mkdir()
+    draw = random.Random(0)
+    words = "the cat dog sat ran on under a mat tree and then it was 12 345 , . \n".split(" ")
+    for number in range(150):
+        text = " ".join(draw.choices(words, k=draw.randint(20, 60)))
+        (folder / "corpus" / f"{number:03}.txt").write_text(text, encoding="utf-8")
+    (folder / "tiny.py").write_text(TINY, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def inside(workplace, monkeypatch) -> Path:
+    monkeypatch.chdir(workplace)
+    return workplace

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -17,41 +16,7 @@ from gptjax.training.metrics import read_metrics
 from gptjax.training.run_dir import MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
-TINY = """
-from gptjax.config import *
-config = Config(
-    model=ModelConfig(num_layers=2, model_dim=32, num_heads=4, context_length=16, residual_dropout=0.1),
-    tokenizer=TokenizerConfig(vocab_size=300),
-    data=DataConfig(path="corpus"),
-    optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=3),
-    training=TrainingConfig(
-        steps=12, batch_size=16, micro_batch_size=8, log_every_steps=1, eval_every_steps=4, sample_every_steps=0,
-        sample_tokens=8, sample_prompt="the ",
-    ),
-    checkpoint=CheckpointConfig(every_steps=4),
-)
-"""
 LOSSES = ("loss", "grad_norm", "learning_rate", "tokens", "val_loss", "val_bits_per_byte")
-
-
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with a corpus of 150 documents and a configuration for it."""
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "corpus").mkdir()
-    draw = random.Random(0)
-    words = "the cat dog sat ran on under a mat tree and then it was 12 345 , . \n".split(" ")
-    for number in range(150):
-        text = " ".join(draw.choices(words, k=draw.randint(20, 60)))
-        (folder / "corpus" / f"{number:03}.txt").write_text(text, encoding="utf-8")
-    (folder / "tiny.py").write_text(TINY, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def inside(workplace, monkeypatch) -> Path:
-    monkeypatch.chdir(workplace)
-    return workplace
 
 
 def start(workplace: Path, *arguments: str, **variables: str) -> subprocess.Popen:
@@ -254,6 +219,11 @@ def refusal(arguments: list[str], capsys, main=train.main) -> str:
         (["tiny.py", "--mesh.tensor", "8"], ["num_heads 4", "nearest that does is 4"]),
         (["tiny.py", "--training.micro-batch-size", "4"], ["4 sequences", "8 devices"]),
         (["tiny.py", "--run-dir", "tiny.py/run"], ["cannot write", "tiny.py"]),
+        (["tiny.py", "--data.weights", "0"], ["data.weights has 0", "positive"]),
+        (["tiny.py", "--data.weights", "1", "2"], ["2 numbers for 1 sources"]),
+        (["tiny.py", "--tokenizer.path", "nowhere.json"], ["nowhere.json"]),
+        (["tiny.py", "--tokenizer.path", "tiny.py"], ["tiny.py is not a tokenizer.json"]),
+        (["configs/quickstart.py", "--data.path", "x"], ["no configuration file configs/quickstart.py"]),
     ],
 )
 def test_bad_input_is_one_line(inside, arguments, expected, capsys):

@@ -70,7 +70,10 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
         with run_dir.writable(directory):
             if config.data.path == DataConfig().path:
                 console.message("no --data.path: training on the source code of Python's standard library")
-            data = prepare(config.data, config.tokenizer, log=console.message)
+            # A run keeps the tokenizer that it was given, wherever the file is by now.
+            kept = continued and config.tokenizer.path
+            tokenizer = Tokenizer.load(directory / run_dir.TOKENIZER_FILE) if kept else config.tokenizer
+            data = prepare(config.data, tokenizer, log=console.message)
             if continued:
                 _check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
