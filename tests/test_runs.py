@@ -237,6 +237,13 @@ def test_bad_input_is_one_line(inside, arguments, expected, capsys):
     assert not (inside / "runs" / "refused").exists()
 
 
+def test_a_missing_logger_is_told_before_there_is_a_run(inside, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments = ["tiny.py", "--training.log-to", "wandb", "--run-dir", "runs/unlogged"]
+    assert 'pip install "gptjax[wandb]"' in refusal(arguments, capsys)
+    assert not (inside / "runs" / "unlogged").exists()
+
+
 def test_divergence_keeps_the_checkpoints_from_before(workplace, inside, capsys):
     """A learning rate that breaks the model ends the run with status 3, an honest summary and no broken checkpoint."""
     options = ["--optimizer.peak-learning-rate", "1e38", "--checkpoint.every-steps", "1", "--run-dir", "runs/diverged"]

@@ -61,11 +61,12 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from gptjax.evaluation.pictures import require_fits
+    from gptjax.evaluation.pictures import require_fits, require_matplotlib
     from gptjax.parallel.mesh import one_device_mesh
     from gptjax.text.labels import token_label
     from gptjax.training.load import load_run
 
+    require_matplotlib()
     with jax.set_mesh(one_device_mesh()):
         run = load_run(directory, parsed.step)
         num_layers = run.config.model.num_layers

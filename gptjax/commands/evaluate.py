@@ -73,15 +73,16 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
+    from gptjax.evaluation.pictures import plot_positions, require_matplotlib
     from gptjax.parallel.mesh import one_device_mesh
 
+    if parsed.out is not None:
+        require_matplotlib()
     with jax.set_mesh(one_device_mesh()):
         results = [_evaluate(directory, parsed) for directory in runs]
     if parsed.json != "-":
         _print_tables(results)
     if parsed.out is not None:
-        from gptjax.evaluation.pictures import plot_positions
-
         plot_positions({r["run"]: r["nats_per_token_by_position"] for r in results}, parsed.out)
     if parsed.json is not None:
         with cli.open_output(parsed.json) as file:

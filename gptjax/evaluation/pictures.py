@@ -4,6 +4,7 @@ Shape suffixes: T tokens, S tokens looked at, N heads, L layers.
 """
 
 import functools
+import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ def plot_attention(
     Raises:
         UserError: matplotlib is missing, or more tokens or heads than fit a picture.
     """
+    require_matplotlib()
     layers = [*layers] or [*range(len(weights_LNTS))]
     labels = [_drawable(label) for label in labels]
     num_heads, T = weights_LNTS.shape[1], len(labels)
@@ -89,6 +91,7 @@ def plot_logit_lens(
     Raises:
         UserError: matplotlib is missing, or more tokens than fit a picture.
     """
+    require_matplotlib()
     L, T = lens.probability_LT.shape
     labels = [_drawable(label) for label in labels]
     require_fits(T)
@@ -135,11 +138,20 @@ def require_fits(num_tokens: int) -> None:
         raise UserError(f"the text has {num_tokens} tokens, more than the {MAX_TOKENS} that fit a picture; shorten it")
 
 
+def require_matplotlib() -> None:
+    """
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError('pictures need matplotlib: pip install "gptjax[log]"')
+
+
 def _figure(width: float, height: float) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('pictures need matplotlib: pip install "gptjax[log]"') from error
+    require_matplotlib()
+
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

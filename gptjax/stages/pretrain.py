@@ -28,7 +28,7 @@ from gptjax.stages import messages
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.ledger import Ledger
-from gptjax.training.loggers import Logger, open_loggers
+from gptjax.training.loggers import Logger, open_loggers, require_packages
 from gptjax.training.loop import Callbacks, Diverged, fit, is_due
 from gptjax.training.losses import language_model_loss
 from gptjax.training.metrics import METRICS_FILE, Console, MetricsLog, read_metrics
@@ -67,6 +67,7 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
         _check_backend(config)
+        require_packages(config.training.log_to)
         with run_dir.writable(directory):
             if config.data.path == DataConfig().path:
                 console.message("no --data.path: training on the source code of Python's standard library")

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -54,11 +54,7 @@ def open_logger(kind: str, directory: Path, config: Config, step: int) -> Logger
     Raises:
         UserError: its package is missing, or it cannot be opened.
     """
-    package, extra = EXTRAS[kind]
-    try:
-        module = importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(f'training.log_to {kind} needs {package}: pip install "gptjax[{extra}]"') from error
+    module = _package(kind)
     try:
         if kind == "tensorboard":
             return _open_tensorboard(module, directory, step)
@@ -66,6 +62,24 @@ def open_logger(kind: str, directory: Path, config: Config, step: int) -> Logger
     except Exception as error:  # each has errors of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"training.log_to {kind} cannot be opened: {reason}") from error
+
+
+def require_packages(kinds: Sequence[str]) -> None:
+    """Check that the loggers' packages are there.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for kind in kinds:
+        _package(kind)
+
+
+def _package(kind: str) -> ModuleType:
+    package, extra = EXTRAS[kind]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UserError(f'training.log_to {kind} needs {package}: pip install "gptjax[{extra}]"') from error
 
 
 def _open_tensorboard(module: ModuleType, directory: Path, step: int) -> Logger:

@@ -1,5 +1,6 @@
 """`python -m gptjax attention`, as called, and its pictures."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -57,6 +58,12 @@ def test_refusals_are_one_line(run, arguments, message):
     with pytest.raises(UserError, match=message) as error:
         attention.main([str(run), *arguments])
     assert "\n" not in str(error.value)
+
+
+def test_without_matplotlib_its_extra_is_named(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "gptjax\[log\]"'):
+        attention.main([str(run)])
 
 
 def test_too_many_panels_name_the_number_that_fits():
