@@ -98,14 +98,9 @@ def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
 
     run = load_run(directory, parsed.step)
     model = run.config.model
-    length = model.context_length if parsed.context_length is None else parsed.context_length
-    if not 1 <= length <= model.context_length:
-        raise UserError(f"--context-length {length} is not between 1 and the model's {model.context_length}")
-    stride = max(1, length // 2) if parsed.stride is None else parsed.stride
-    if not 1 <= stride <= length:
-        raise UserError(f"--stride {stride} is not between 1 and the window's {length} tokens: it would leave some out")
     if parsed.batch_size < 1:
         raise UserError(f"--batch-size is {parsed.batch_size}, but must be at least 1")
+    length = model.context_length if parsed.context_length is None else parsed.context_length
     documents = list(_documents(run, parsed))
     num_tokens = sum(len(document.token_ids) for document in documents)
     if num_tokens < length:
@@ -114,7 +109,7 @@ def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
     found = evaluate_documents(
         *(model, run.params, documents, run.tokenizer.end_of_text_id),
         window_tokens=length,
-        stride=stride,
+        stride=parsed.stride,
         batch_size=parsed.batch_size,
     )
     return {
@@ -123,7 +118,7 @@ def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
         "parameters": parameter_counts(model)["total"],
         "tokenizer": run.tokenizer.fingerprint,
         "context_length": length,
-        "stride": stride,
+        "stride": found.stride,
     } | _as_dict(found)
 
 
@@ -132,17 +127,26 @@ def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocu
     from gptjax.data.shards import INDEX_FILE
     from gptjax.data.sources import read_documents
     from gptjax.evaluation.documents import split_documents, tokenize
+    from gptjax.training.checkpoint import read_metadata
+    from gptjax.training.run_dir import CHECKPOINTS
 
     prepared = not parsed.data or (Path(parsed.data[0]) / INDEX_FILE).is_file()
     if not prepared:
         data = DataConfig(path=parsed.data, text_field=parsed.text_field)
         return tokenize(read_documents(data, Counter()), run.tokenizer)
     data = dataclasses.replace(run.config.data, path=parsed.data, weights=()) if parsed.data else run.config.data
-    opened = prepare(data, run.config.tokenizer, log=cli.print_to_stderr)
+    tokenizer = run.tokenizer if run.config.tokenizer.path else run.config.tokenizer
+    opened = prepare(data, tokenizer, log=cli.print_to_stderr)
     if opened.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
             f"{opened.folder} was made with another tokenizer than {run.directory}; give text as --data, which the "
             "run's own tokenizer reads"
+        )
+    trained_on = read_metadata(run.directory / CHECKPOINTS, run.step)["data"]
+    if not parsed.data and opened.index.content_fingerprint != trained_on:
+        raise UserError(
+            f"the text of {' '.join(data.path)} is no longer what {run.directory} was trained on, so that some of what "
+            "was held out may have been seen; give what to evaluate as --data"
         )
     tokens = opened.tokens("validation")
     return split_documents(tokens[0 : len(tokens)], run.tokenizer)

@@ -13,6 +13,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.data.formats import Document
+from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import Perplexity
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
@@ -46,6 +47,8 @@ class Evaluation(NamedTuple):
     """Sum of the losses of tokens with so many tokens before them in their window, the end-of-text token included."""
     tokens_T: np.ndarray
     """How many those are."""
+    stride: int
+    """Tokens between the starts of windows."""
 
     @property
     def total(self) -> Perplexity:
@@ -122,9 +125,16 @@ def evaluate_documents(
         window_tokens: tokens of a window; None: the model's context length.
         stride: None: half a window. A whole window is quickest, and has the least context.
         batch_size: windows computed at once; over the mesh's batch axes.
+
+    Raises:
+        UserError: a window that does not fit the context, or a stride that does not fit the window.
     """
-    length = window_tokens or config.context_length
-    stride = stride or max(1, length // 2)
+    length = config.context_length if window_tokens is None else window_tokens
+    if not 1 <= length <= config.context_length:
+        raise UserError(f"windows of {length} tokens do not fit the model's context of {config.context_length}")
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise UserError(f"a stride of {stride} is not between 1 and the window's {length} tokens: it leaves some out")
     weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
     losses: list[DocumentLoss] = []
     nats_T, tokens_T = np.zeros(length), np.zeros(length, int)
@@ -146,7 +156,7 @@ def evaluate_documents(
             losses[number] = losses[number]._replace(nats=losses[number].nats + nll_T[scored].sum())
             nats_T[scored] += nll_T[scored]
             tokens_T[scored] += 1
-    return Evaluation(losses, nats_T, tokens_T)
+    return Evaluation(losses, nats_T, tokens_T, stride)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -57,9 +57,9 @@ def test_tables_and_picture(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stride", "33"], r"--stride 33 is not between 1 and the window's 32 tokens"),
-        (["--stride", "0"], "--stride 0 is not between"),
-        (["--context-length", "64"], r"--context-length 64 is not between 1 and the model's 32"),
+        (["--stride", "33"], r"a stride of 33 is not between 1 and the window's 32 tokens"),
+        (["--stride", "0"], "a stride of 0 is not between"),
+        (["--context-length", "64"], r"windows of 64 tokens do not fit the model's context of 32"),
         (["--data", "missing.txt"], "missing.txt does not exist"),
         (["--step", "3"], "step"),
         (["--batch-size", "0"], "--batch-size is 0"),
@@ -84,3 +84,15 @@ def test_a_text_shorter_than_a_window_says_what_works(run, tmp_path, capsys):
 def test_no_run_is_asked_for():
     with pytest.raises(UserError, match="no run given"):
         evaluate.main([])
+
+
+def test_other_text_than_was_trained_on_is_no_validation_split(run):
+    """What was held out may be what was trained on by now: the run's own split is refused, given text is not."""
+    text = run.parent / "text.txt"
+    before = text.read_bytes()
+    try:
+        text.write_bytes(before + before[:400])
+        with pytest.raises(UserError, match=r"no longer what .* was trained on"):
+            evaluate.main([str(run)])
+    finally:
+        text.write_bytes(before)
