@@ -137,16 +137,16 @@ def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocu
     data = dataclasses.replace(run.config.data, path=parsed.data, weights=()) if parsed.data else run.config.data
     tokenizer = run.tokenizer if run.config.tokenizer.path else run.config.tokenizer
     opened = prepare(data, tokenizer, log=cli.print_to_stderr)
-    if opened.tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise UserError(
-            f"{opened.folder} was made with another tokenizer than {run.directory}; give text as --data, which the "
-            "run's own tokenizer reads"
-        )
     trained_on = read_metadata(run.directory / CHECKPOINTS, run.step)["data"]
     if not parsed.data and opened.index.content_fingerprint != trained_on:
         raise UserError(
             f"the text of {' '.join(data.path)} is no longer what {run.directory} was trained on, so that some of what "
             "was held out may have been seen; give what to evaluate as --data"
+        )
+    if opened.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError(
+            f"{opened.folder} was made with another tokenizer than {run.directory}; give text as --data, which the "
+            "run's own tokenizer reads"
         )
     tokens = opened.tokens("validation")
     return split_documents(tokens[0 : len(tokens)], run.tokenizer)
