@@ -55,7 +55,9 @@ def tokenizing(data: DataConfig, vocab_size: int, repeats: int, max_characters: 
             break
     pieces = [piece for part in parts for piece in split_text(part.text, PIECE_CHARACTERS)]
     num_bytes = sum(len(piece.encode()) for piece in pieces)
-    backend = Tokenizer.load(_saved(tokenizer))._backend  # with a cache of its own
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder) / "tokenizer.json")
+        backend = Tokenizer.load(Path(folder) / "tokenizer.json")._backend  # with a cache of its own
     dtype = token_dtype(tokenizer.vocab_size)
 
     def library() -> None:
@@ -83,12 +85,6 @@ def tokenizing(data: DataConfig, vocab_size: int, repeats: int, max_characters: 
         "bytes_per_second": statistics.median(rates["ours"]),
         "ratio": ratio,
     }
-
-
-def _saved(tokenizer: Tokenizer) -> Path:
-    path = Path(tempfile.mkdtemp()) / "tokenizer.json"
-    tokenizer.save(path)
-    return path
 
 
 def loading(shape: tuple[int, int], num_tokens: int, repeats: int) -> list[float]:

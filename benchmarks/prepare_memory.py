@@ -1,8 +1,8 @@
 """The memory that preparing a large text takes: a synthetic gigabyte in each form, peak resident size and speed.
 
 `python benchmarks/prepare_memory.py` writes made text of `--megabytes` as one `.txt` (a single document), as
-`.jsonl.gz` and as `.parquet`, prepares each in a process of its own, and prints the peak resident size of that
-process and all its children.
+`.jsonl.gz` and as `.parquet`, prepares each in a process of its own (all of prepare's work is done by its threads),
+and prints that process's peak resident size, and the speed of the whole command, tokenizer training included.
 """
 
 import argparse
@@ -22,7 +22,7 @@ CHILD = """
 import resource, sys
 from gptjax.__main__ import main
 main(sys.argv[1:])
-print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 

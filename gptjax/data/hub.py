@@ -1,15 +1,17 @@
-"""Data sets of the Hugging Face Hub: `hf://OWNER/NAME[/glob]`."""
+"""Data sets of the Hugging Face Hub: `hf://OWNER/NAME[@REVISION][/GLOB]`."""
 
 import fnmatch
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from gptjax.errors import UserError
 
 SCHEME = "hf://"
+DEFAULT_GLOBS = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+"""What is read where no glob is given. Other text, such as a README, is most often about the data."""
 
 
 class HubFile(NamedTuple):
@@ -25,15 +27,14 @@ def is_hub(entry: str) -> bool:
 
 
 @functools.cache  # one commit for the whole of a process, though a branch may move on
-def download(entry: str, is_text: Callable[[str], bool]) -> list[HubFile]:
+def download(entry: str) -> list[HubFile]:
     """Files of a data set, sorted by name, downloaded into the Hub's own cache where they are not there already.
 
     Without a network, what the cache holds is used.
 
     Args:
-        entry: `hf://OWNER/NAME`, all its files that `is_text` knows; `hf://OWNER/NAME/GLOB`, those that match, where
-            `*` also crosses folders; `@REVISION` after the name asks for a branch, tag or commit.
-        is_text: whether a file of that name is read.
+        entry: `hf://OWNER/NAME`, all its files that match `DEFAULT_GLOBS`; `hf://OWNER/NAME/GLOB`, those that match
+            it, where `*` also crosses folders; `@REVISION` after the name asks for a branch, tag or commit.
 
     Raises:
         UserError: huggingface_hub is missing, the Hub cannot be reached, or it has no such data set or files.
@@ -45,42 +46,58 @@ def download(entry: str, is_text: Callable[[str], bool]) -> list[HubFile]:
         raise UserError(f'{entry} needs huggingface_hub: pip install "gptjax[hub]"') from error
 
     owner, _, rest = entry.removeprefix(SCHEME).partition("/")
-    name, _, pattern = rest.partition("/")
+    name, _, glob = rest.partition("/")
     name, _, revision = name.partition("@")
     if not owner or not name:
         raise UserError(f"data.path {entry} is no data set; write hf://OWNER/NAME or hf://OWNER/NAME/*.parquet")
-    repository = f"{owner}/{name}"
-
-    def chosen(files: list[str]) -> list[str]:
-        matches = sorted(f for f in files if (fnmatch.fnmatch(f, pattern) if pattern else is_text(f)))
-        if not matches:
-            some = ", ".join(sorted(files)[:5]) or "none"
-            raise UserError(f"data.path {entry} matches none of the {len(files)} files there: {some}, ...")
-        return matches
-
-    where = {"repo_type": "dataset", "revision": revision or None}
+    repository, globs = f"{owner}/{name}", (glob,) if glob else DEFAULT_GLOBS
+    snapshot = functools.partial(
+        hub.snapshot_download, repository, repo_type="dataset", revision=revision or None, allow_patterns=list(globs)
+    )
+    listed: list[str] = []
     try:
         info = hub.HfApi().dataset_info(repository, revision=revision or None, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        files = chosen(list(sizes))
-        size = sum(sizes[f] for f in files)
-        print(f"data: {len(files)} files of {repository}, {size / 1e9:,.2f} GB, into the Hub's cache", file=sys.stderr)
-        paths = [Path(hub.hf_hub_download(repository, f, **where)) for f in files]
-    except UserError:
-        raise
+        listed = _matching(sizes, globs, entry)
+        size = sum(sizes[file] for file in listed)
+        _say(f"{len(listed)} files of {repository}, {size:,} bytes, into the Hub's cache where they are not there yet")
+        folder = Path(snapshot())
     except errors.GatedRepoError as error:
         raise UserError(f"data.path {entry} is gated: accept its terms on its page, and run `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         raise UserError(f"data.path {entry}: the Hub has no such data set or revision, or it is private") from error
+    except UserError:
+        raise
     except Exception as error:  # the library's HTTP client has changed between versions, and its errors with it
+        if listed:
+            reason = " ".join(str(error).split())
+            raise UserError(f"data.path {entry} was not downloaded whole; start again to go on: {reason}") from error
         try:
-            folder = Path(hub.snapshot_download(repository, **where, local_files_only=True))
+            folder = Path(snapshot(local_files_only=True))
         except Exception:
             raise UserError(
-                f"data.path {entry}: the Hub cannot be reached ({type(error).__name__}) and its cache has no copy; "
-                "give local files as data.path, or try again with a network"
+                f"data.path {entry}: the Hub cannot be reached ({type(error).__name__}) and its cache has no whole "
+                "copy; give local files as data.path, or try again with a network"
             ) from error
-        files = chosen([p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()])
-        paths = [folder / f for f in files]
-    commits = [path.parents[f.count("/")].name for path, f in zip(paths, files, strict=True)]  # snapshots/COMMIT/FILE
-    return [HubFile(path, f"{repository}@{c}/{f}") for path, c, f in zip(paths, commits, files, strict=True)]
+        _say(f"the Hub cannot be reached ({type(error).__name__}); {repository}@{folder.name} of its cache is used")
+    present = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    files = _matching(present, globs, entry)
+    if missing := set(listed) - set(files):
+        raise UserError(f"data.path {entry}: {min(missing)} was listed, but is not in {folder}; start again")
+    return [HubFile(folder / file, f"{repository}@{folder.name}/{file}") for file in files]
+
+
+def _matching(files: Iterable[str], globs: Sequence[str], entry: str) -> list[str]:
+    files = sorted(files)
+    matches = [file for file in files if any(fnmatch.fnmatchcase(file, glob) for glob in globs)]
+    if not matches:
+        some = ", ".join(files[:5]) + ", ..." * (len(files) > 5)
+        raise UserError(
+            f"data.path {entry}: none of the {len(files)} files there match {' '.join(globs)}; "
+            f"they are {some or 'none'}"
+        )
+    return matches
+
+
+def _say(line: str) -> None:
+    print(f"data: {line}", file=sys.stderr)

@@ -111,7 +111,7 @@ def _files_of_entry(entry: str) -> list[SourceFile]:
     if entry == STDLIB:
         return _stdlib_files()
     if hub.is_hub(entry):
-        return [SourceFile(path, name, entry) for path, name in hub.download(entry, _is_text)]
+        return [SourceFile(path, name, entry) for path, name in hub.download(entry)]
     path = Path(entry)
     if path.is_dir():
         files = [SourceFile(p, p.relative_to(path).as_posix(), entry) for p in _text_files_below(path)]
