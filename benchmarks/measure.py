@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 
-from gptjax.config import Config, load_config, replace_fields, resolve
+from gptjax.config import Config, load_config, replace_fields
 from gptjax.errors import UserError
+from gptjax.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
 

@@ -2,7 +2,7 @@
 
 Only the standard library is imported here, so that a command line is parsed and a plan is made
 without loading JAX. Conventions: a field's unit is in its name; 0 or an empty text turns an optional
-effect off; `None` means *derived from other fields*, and the field's doc says from which. `resolve`
+effect off; `None` means *derived from other fields*, and the field's doc says from which. `resolve.py`
 fills every `None`, and a saved configuration has none left.
 """
 
@@ -12,10 +12,10 @@ import json
 import math
 import os
 import runpy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from gptjax.checks import MAX_INT, require, require_range, require_types
 from gptjax.errors import UserError
@@ -225,14 +225,22 @@ class MeshConfig:
 
     data: int | None = None
     """Copies of the model that share a batch. None: the devices that the other axes leave over."""
-    fsdp: int = 1
-    """Devices that share a batch and split parameters and optimizer state between them."""
-    tensor: int = 1
-    """Devices that split heads, feed-forward width and vocabulary between them."""
+    fsdp: int | None = None
+    """Devices that share a batch and split parameters and optimizer state. None: the fewest whose memory suffices."""
+    context: int = 1
+    """Devices that split each sequence, and parameters like fsdp: for long contexts."""
+    tensor: int | None = None
+    """Devices that split heads, feed-forward width and vocabulary. None: 1, or what fsdp alone cannot hold."""
+    expert: int = 1
+    """Reserved for mixtures of experts, which gptjax does not have."""
 
     def __post_init__(self):
         require_types("mesh.", self)
-        require_range("mesh.", self, 1, math.inf, "data", "fsdp", "tensor")
+        require_range("mesh.", self, 1, math.inf, "data", "fsdp", "context", "tensor")
+        require(
+            self.expert == 1,
+            f"mesh.expert is {self.expert}, but is reserved: no model of gptjax has experts; 1 works",
+        )
 
 
 @dataclass(frozen=True)
@@ -400,97 +408,6 @@ class Config:
 
     def __post_init__(self):
         require_types("", self)
-
-
-class _Device(Protocol):
-    platform: str
-
-
-class _Tokenizer(Protocol):
-    vocab_size: int
-
-
-def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer) -> Config:
-    """Fill every derived field from the devices and the tokenizer, and check that all of it fits.
-
-    Raises:
-        UserError: the mesh does not divide the devices, heads or batch, or the tokenizer has another
-            vocabulary than the model.
-    """
-    model, training = config.model, config.training
-    if model.vocab_size is not None and model.vocab_size != tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
-            "leave model.vocab_size out to use the tokenizer's"
-        )
-    model = dataclasses.replace(
-        model,
-        num_kv_heads=model.resolved_num_kv_heads,
-        head_dim=model.resolved_head_dim,
-        ffn_dim=model.resolved_ffn_dim,
-        vocab_size=tokenizer.vocab_size,
-        compute_dtype=model.compute_dtype or default_compute_dtype(devices[0].platform),
-    )
-    optimizer = config.optimizer
-    if optimizer.decay_steps is None:
-        optimizer = dataclasses.replace(optimizer, decay_steps=training.steps)
-    training = dataclasses.replace(
-        training,
-        micro_batch_size=training.resolved_micro_batch_size,
-        batch_ramp_start=training.resolved_batch_ramp_start,
-    )
-    require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
-    return dataclasses.replace(
-        config,
-        model=model,
-        mesh=resolve_mesh(config.mesh, len(devices), model, training),
-        optimizer=optimizer,
-        training=training,
-    )
-
-
-def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the hardware has it: XLA's CPU backend mostly widens it to float32 and back."""
-    return "float32" if platform == "cpu" else "bfloat16"
-
-
-def resolve_mesh(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig) -> MeshConfig:
-    """Fill `mesh.data` and check that the mesh divides devices, batch, heads and widths.
-
-    The vocabulary is checked where it is known already.
-    """
-    others = mesh.fsdp * mesh.tensor
-    data = mesh.data or max(1, num_devices // others)
-    require(
-        data * others == num_devices,
-        f"mesh data {data} × fsdp {mesh.fsdp} × tensor {mesh.tensor} = {data * others}, but there are "
-        f"{num_devices} device{'s' * (num_devices > 1)}; each axis must divide {num_devices}, and their product be "
-        f"{num_devices}",
-    )
-    shards = data * mesh.fsdp
-    micro = training.resolved_micro_batch_size
-    require(
-        micro % shards == 0,
-        f"a batch of {micro} sequences does not divide over mesh data {data} × fsdp {mesh.fsdp} = {shards} devices; "
-        f"the nearest training.{'micro_batch_size' if training.micro_batch_size else 'batch_size'} that works is "
-        f"{max(1, round(micro / shards)) * shards}",
-    )
-    _require_divides("fsdp", mesh.fsdp, "model_dim", model.model_dim)
-    for name, size in (
-        ("num_heads", model.num_heads),
-        ("num_kv_heads", model.resolved_num_kv_heads),
-        ("ffn_dim", model.resolved_ffn_dim),
-    ):
-        _require_divides("tensor", mesh.tensor, name, size)
-    if model.vocab_size is not None:
-        _require_divides("tensor", mesh.tensor, "padded vocab_size", model.padded_vocab_size)
-    return dataclasses.replace(mesh, data=data)
-
-
-def _require_divides(axis: str, devices: int, name: str, size: int) -> None:
-    if size % devices:
-        works = max(n for n in range(1, devices) if size % n == 0 and devices % n == 0)
-        raise UserError(f"mesh.{axis} {devices} does not divide {name} {size}; the nearest that does is {works}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

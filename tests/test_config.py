@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import itertools
 import json
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -25,14 +24,10 @@ from gptjax.config import (
     from_dict,
     load_config,
     replace_fields,
-    resolve,
-    resolve_mesh,
     to_dict,
 )
 from gptjax.errors import UserError
 
-CPUS = [SimpleNamespace(platform="cpu")] * 8
-TOKENIZER = SimpleNamespace(vocab_size=300)
 SECTIONS = (
     Config,
     ModelConfig,
@@ -58,6 +53,7 @@ SECTIONS = (
         (lambda: DataConfig(validation_fraction=1.0), ["validation_fraction", "between 0 and 1"]),
         (lambda: DataConfig(weights=(1.0, 0.0)), ["data.weights", "0", "positive"]),
         (lambda: MeshConfig(tensor=0), ["mesh.tensor"]),
+        (lambda: MeshConfig(expert=2), ["mesh.expert is 2", "reserved", "1 works"]),
         (lambda: OptimizerConfig(beta2=1.0), ["beta2"]),
         (lambda: OptimizerConfig(warmup_steps=3, warmup_tokens=9), ["warmup_steps 3", "warmup_tokens 9"]),
         (lambda: TrainingConfig(batch_size=33, micro_batch_size=8), ["33", "8", "nearest", "32"]),
@@ -73,53 +69,6 @@ def test_refuses_in_one_line(make, words):
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
-
-
-@pytest.mark.parametrize(
-    ("mesh", "model", "batch", "words"),
-    [
-        (MeshConfig(data=3), {}, 8, ["data 3", "8 devices"]),
-        (MeshConfig(fsdp=3), {}, 8, ["fsdp 3", "8 devices"]),
-        (MeshConfig(), {}, 12, ["12 sequences", "8", "training.batch_size", "nearest"]),
-        (MeshConfig(fsdp=8), {"model_dim": 36}, 8, ["mesh.fsdp 8", "model_dim 36", "nearest that does is 4"]),
-        (MeshConfig(tensor=8), {}, 8, ["mesh.tensor 8", "num_heads 4", "4"]),
-        (MeshConfig(tensor=4), {"num_kv_heads": 2}, 8, ["num_kv_heads 2", "2"]),
-        (MeshConfig(tensor=4), {"ffn_dim": 6}, 8, ["ffn_dim 6", "that does is 2"]),
-    ],
-)
-def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):
-    model = ModelConfig(**{"model_dim": 32, "num_heads": 4, "vocab_size": 300} | model)
-    with pytest.raises(UserError) as error:
-        resolve_mesh(mesh, 8, model, TrainingConfig(batch_size=batch))
-    assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_mesh_data_is_what_the_other_axes_leave():
-    model = ModelConfig(model_dim=32, num_heads=4, vocab_size=300)
-    for axes, data in (({}, 8), ({"fsdp": 2}, 4), ({"fsdp": 2, "tensor": 4}, 1)):
-        assert resolve_mesh(MeshConfig(**axes), 8, model, TrainingConfig(batch_size=8)) == MeshConfig(data, **axes)
-
-
-def test_resolve_leaves_nothing_open_and_changes_nothing_twice():
-    """A saved configuration means the same on any machine: no field is None, and resolving again is no change."""
-    config = resolve(Config(run_dir="runs/a"), CPUS, TOKENIZER)
-
-    def leaves(values):
-        for value in values.values():
-            yield from leaves(value) if isinstance(value, dict) else [value]
-
-    assert None not in list(leaves(to_dict(config)))
-    assert config.model.vocab_size == 300
-    assert config.model.compute_dtype == "float32"
-    assert config.mesh.data == 8
-    assert config.optimizer.decay_steps == config.training.steps
-    assert resolve(config, CPUS, TOKENIZER) == config
-    assert resolve(Config(run_dir="a"), [SimpleNamespace(platform="gpu")], TOKENIZER).model.compute_dtype == "bfloat16"
-
-
-def test_resolve_refuses_another_vocabulary():
-    with pytest.raises(UserError, match=r"299.*300"):
-        resolve(Config(model=ModelConfig(vocab_size=299), run_dir="a"), CPUS, TOKENIZER)
 
 
 def test_json_keeps_everything():

@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_copy, compute_dtype
-from gptjax.training.losses import cross_entropy, separate_documents
+from gptjax.training.losses import cross_entropy, inputs_and_labels
 
 
 class Perplexity(NamedTuple):
@@ -70,8 +70,7 @@ def _sums(
     token_bytes: jax.Array,
     separator: int | None,
 ):
-    inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    places = {} if separator is None else separate_documents(inputs_BT, separator)
+    inputs_BT, labels_BT, places = inputs_and_labels({"tokens": tokens_BT}, separator)
     logits_BTV, _ = GPT(config).apply({"params": params}, inputs_BT, **places)
     nll_BT, _ = cross_entropy(logits_BTV, labels_BT)
     row_BT = jax.lax.broadcasted_iota(jnp.int32, labels_BT.shape, 0, out_sharding=sharding.spec("batch", "sequence"))

@@ -52,6 +52,10 @@ PEAK_BYTES_PER_SECOND: dict[str, float] = {
 }
 
 
+STATE_BYTES_PER_PARAMETER = 16
+"""Of training: weight, gradient and two moments, each float32."""
+
+
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, without the padding of the vocabulary; `total` is their sum."""
     D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
-from gptjax.model.layers import Linear, Norm, dropout, precision, rotate, softcap
+from gptjax.model.layers import Linear, Norm, precision, rotate, softcap
 from gptjax.parallel import sharding
 
 
@@ -70,21 +70,33 @@ def attention(
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     kernel = functools.partial(_xla_attention, window=window, cap=softcap, scale=scale)
     if not sharding.has_mesh():
-        return kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS)
+        segments = None if segment_ids is None else (segment_ids, segment_ids)
+        return kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS)
     rows = sharding.spec("batch", "sequence")
     heads = sharding.spec("batch", "sequence", "heads", "head_dim")
     kv_heads = sharding.spec("batch", "sequence", "kv_heads", "head_dim")
     in_specs = (
         *(heads, kv_heads, kv_heads, rows, rows),
         P() if segment_ids is None else rows,
-        P() if keep_BNTS is None else sharding.spec("batch", "heads", "sequence", "sequence"),
+        P() if keep_BNTS is None else sharding.spec("batch", "heads", "sequence", "keys"),
     )
+    split = sharding.num_shards("sequence") > 1
+
+    def local(q_BTNH, k_BTKH, v_BTKH, q_positions, kv_positions, segment_ids, keep_BNTS):
+        """Every device has some queries, and gets the keys and values of all (Llama 3, Dubey et al. 2024)."""
+
+        def whole(x_BT: jax.Array) -> jax.Array:
+            return jax.lax.all_gather(x_BT, sharding.TABLE["sequence"], axis=1, tiled=True) if split else x_BT
+
+        segments = None if segment_ids is None else (segment_ids, whole(segment_ids))
+        return kernel(q_BTNH, whole(k_BTKH), whole(v_BTKH), q_positions, whole(kv_positions), segments, keep_BNTS)
+
     # check_vma=False: jax 0.10.1 cannot check kernels whose output types carry no varying axes.
-    local = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads, check_vma=False)
-    return local(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS)
+    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)
+    return mapped(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS)
 
 
-def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS, *, window, cap, scale):
+def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS, *, window, cap, scale):
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     G = N // K
@@ -98,8 +110,9 @@ def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_id
     seen_BTS = ahead_BTS >= 0
     if window is not None:
         seen_BTS &= ahead_BTS < window
-    if segment_ids is not None:
-        seen_BTS &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    if segments is not None:
+        q_segments_BT, kv_segments_BS = segments
+        seen_BTS &= q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
     weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], logits, -jnp.inf), axis=-1)
     if keep_BNTS is not None:
         weights = weights * keep_BNTS.reshape(B, K, G, T, S)
@@ -172,8 +185,11 @@ class Attention(nn.Module):
         if key is None or rate == 0.0:
             return None
         B, T, N, _ = q_BTNH.shape
-        ones_BNTS = jnp.ones((B, N, T, S), q_BTNH.dtype)
-        return dropout(sharding.reshard(ones_BNTS, "batch", "heads", "sequence", "sequence"), rate, key)
+        whole = sharding.spec("batch", "heads", "keys", "keys")
+        keep_BNTS = jax.random.bernoulli(key, 1.0 - rate, (B, N, T, S), out_sharding=whole)
+        keep_BNTS = sharding.balance(sharding.balance(keep_BNTS, axis=2), axis=3)
+        keep_BNTS = sharding.reshard(keep_BNTS, "batch", "heads", "sequence", "keys")
+        return jnp.where(keep_BNTS, 1 / (1.0 - rate), 0).astype(q_BTNH.dtype)
 
 
 def write_slots(old_BS: jax.Array, new_BT: jax.Array, slot: jax.Array) -> jax.Array:

@@ -17,7 +17,18 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.attention import Attention, LayerCache, Placement, write_slots
 from gptjax.model.cache import Cache
-from gptjax.model.layers import FeedForward, Norm, add_bias, constant, dropout, matmul, normal, sinusoid, softcap
+from gptjax.model.layers import (
+    FeedForward,
+    Norm,
+    add_bias,
+    constant,
+    dropout,
+    look_up,
+    matmul,
+    normal,
+    sinusoid,
+    softcap,
+)
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_dtype
 
@@ -156,14 +167,14 @@ class GPT(nn.Module):
         # lose the small contributions to frequent tokens, and is 20 times slower on GPUs (xla#26371).
         c = self.config
         out_sharding = sharding.spec("batch", "sequence", "features")
-        x_BTD = sharding.gather(embedding_VD, "vocab", "embed").at[tokens_BT].get(out_sharding=out_sharding)
+        x_BTD = look_up(sharding.gather(embedding_VD, "vocab", "embed"), tokens_BT)
         if c.scale_embedding:
             x_BTD = x_BTD * c.model_dim**0.5
         if c.positions == "learned":
             table_TD = self.param(
-                "positions", normal(c.initializer_std, "sequence", "embed"), (c.context_length, c.model_dim)
+                "positions", normal(c.initializer_std, "positions", "embed"), (c.context_length, c.model_dim)
             )
-            table_TD = sharding.gather(table_TD, "sequence", "embed")
+            table_TD = sharding.gather(table_TD, "positions", "embed")
             x_BTD = x_BTD + table_TD.at[positions].get(out_sharding=out_sharding, mode="clip")
         elif c.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoid(positions, c.model_dim)

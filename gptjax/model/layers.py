@@ -17,9 +17,13 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array, out_axis: str) -> jax.Array:
     """`x @ w` over flattened tokens, with the result's last dimension laid out by `out_axis`.
 
     The one place where the model multiplies by a weight. Tokens are flattened because XLA's CPU backend
-    is slow at the weight gradient `btd,btf->df`, which contracts two dimensions; others do not mind.
+    is slow at the weight gradient `btd,btf->df`, which contracts two dimensions; others do not mind. Where
+    devices split sequences, flattened tokens would have to change places between them.
     """
     lead = x_BTD.shape[:-1]
+    if sharding.num_shards("sequence") > 1:
+        out_sharding = sharding.spec("batch", "sequence", out_axis)
+        return jnp.einsum("btd,df->btf", x_BTD, w_DF, precision=precision(x_BTD), out_sharding=out_sharding)
     x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
     y_XF = jnp.dot(x_XD, w_DF, precision=precision(x_XD), out_sharding=sharding.spec("batch", out_axis))
     out_axes = ("batch", *["sequence"] * (len(lead) - 1), out_axis)
@@ -98,15 +102,36 @@ def constant(value: float, *axes: str):
     return init
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zero elements with probability `rate` and scale the others to keep the mean; no key: no dropout.
 
     The draw is over the global shape, so that every mesh drops the same elements.
     """
     if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=jax.typeof(x).sharding)
-    return jnp.where(keep, x / (1.0 - rate), 0)
+        return x_BTD
+    if sharding.num_shards("sequence") == 1:
+        keep_BTD = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape, out_sharding=jax.typeof(x_BTD).sharding)
+    else:  # drawn in the order of the text, whole
+        whole = sharding.spec("batch", "keys", "features")
+        keep_BTD = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape, out_sharding=whole)
+        keep_BTD = sharding.reshard(sharding.balance(keep_BTD), "batch", "sequence", "features")
+    return jnp.where(keep_BTD, x_BTD / (1.0 - rate), 0)
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of a table, (B, T, D). Where devices split the vocabulary, each looks up its own, and they add up."""
+    out_sharding = sharding.spec("batch", "sequence", "features")
+    if sharding.num_shards("vocab") == 1:
+        return table_VD.at[tokens_BT].get(out_sharding=out_sharding)
+
+    def local(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        row_BT = tokens_BT - jax.lax.axis_index(sharding.TABLE["vocab"]) * len(table_VD)
+        here_BT1 = ((row_BT >= 0) & (row_BT < len(table_VD)))[:, :, None]
+        return jax.lax.psum(jnp.where(here_BT1, table_VD.at[row_BT].get(mode="clip"), 0), sharding.TABLE["vocab"])
+
+    tokens_BT = sharding.reshard(tokens_BT, "batch", "sequence")
+    in_specs = sharding.spec("vocab", "features"), sharding.spec("batch", "sequence")
+    return jax.shard_map(local, in_specs=in_specs, out_specs=out_sharding)(table_VD, tokens_BT)
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

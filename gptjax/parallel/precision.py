@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import ModelConfig, default_compute_dtype
+from gptjax.config import ModelConfig
+from gptjax.resolve import default_compute_dtype
 
 MATRICES = ("w", "head")
 """Names of the parameters that only enter matrix products. The others are used in float32: norms and

@@ -4,17 +4,23 @@ Modules name the logical axes of their arrays; `spec` looks them up. Without a m
 one device) every function here does nothing.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
 TABLE: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
-    "sequence": None,
+    "sequence": "context",  # tokens of an activation
+    "keys": None,  # tokens that attention looks at: each device needs those of the whole sequence
+    "positions": None,  # rows of a table of positions
     "stack": None,  # leading dimensions: steps of a dispatch, accumulated micro-batches
-    "embed": "fsdp",  # model_dim of a stored parameter; gathered when the parameter is used
+    "embed": ("fsdp", "context"),  # model_dim of a stored parameter; gathered when the parameter is used
     "features": None,  # model_dim of an activation, or of a gathered parameter
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -23,6 +29,18 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
 }
 
+_whole_sequences = contextvars.ContextVar("whole_sequences", default=False)
+
+
+@contextlib.contextmanager
+def whole_sequences() -> Iterator[None]:
+    """Sequences are not split in what is traced inside: decoding adds one token at a time, to all devices' caches."""
+    token = _whole_sequences.set(True)
+    try:
+        yield
+    finally:
+        _whole_sequences.reset(token)
+
 
 def spec(*axes: str) -> P | None:
     """The partition of an array whose dimensions have these logical axes; None without a mesh.
@@ -30,7 +48,7 @@ def spec(*axes: str) -> P | None:
     Raises:
         ValueError: two dimensions would be split over one mesh axis.
     """
-    entries = [TABLE[axis] for axis in axes]
+    entries = [None if axis == "sequence" and _whole_sequences.get() else TABLE[axis] for axis in axes]
     used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
     if len(set(used)) != len(used):
         raise ValueError(f"logical axes {axes} use a mesh axis twice: {used}")
@@ -41,9 +59,11 @@ def has_mesh() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
-def batch_shards() -> int:
-    """Pieces that the current mesh cuts a batch into."""
-    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in TABLE["batch"]) if has_mesh() else 1
+def num_shards(axis: str) -> int:
+    """Pieces that the current mesh cuts a dimension of this logical axis into."""
+    entry = (spec(axis) or (None,))[0]
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
 def reshard(x: jax.Array, *axes: str) -> jax.Array:
@@ -57,7 +77,53 @@ def gather(parameter: jax.Array, *axes: str) -> jax.Array:
     return reshard(parameter, *("features" if axis == "embed" else axis for axis in axes))
 
 
-def put_batch(tokens: np.ndarray) -> jax.Array:
-    """Token ids (..., B, T) from the host, with B split over the batch axes of the current mesh."""
-    target = spec(*["stack"] * (tokens.ndim - 2), "batch", "sequence")
-    return jax.device_put(tokens, None if target is None else jax.NamedSharding(jax.sharding.get_mesh(), target))
+def balance(x: jax.Array, axis: int = 1) -> jax.Array:
+    """Tokens in the order in which the `context` axis splits them, so that all its devices work alike.
+
+    Each of n devices gets two pieces of 2n, the i-th from the front and the i-th from the end: under the causal mask
+    all see the same number of keys (zigzag, Llama 3, Dubey et al. 2024). Without such an axis nothing changes.
+
+    Args:
+        x: whole along `axis`.
+    """
+    n = num_shards("sequence")
+    if n == 1:
+        return x
+    pieces = jnp.split(x, 2 * n, axis=axis)
+    return jnp.concatenate([piece for i in range(n) for piece in (pieces[i], pieces[2 * n - 1 - i])], axis=axis)
+
+
+def local_rows(num_rows: int) -> np.ndarray:
+    """Which rows of a batch of `num_rows` the devices of this process hold, in order: all that it needs to read."""
+    target = spec("batch")
+    if target is None:
+        return np.arange(num_rows)
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), target)
+    rows = np.arange(num_rows)
+    return np.unique(
+        np.concatenate([rows[index] for index in layout.addressable_devices_indices_map((num_rows,)).values()])
+    )
+
+
+def put_batch(tokens: np.ndarray, num_rows: int | None = None) -> jax.Array:
+    """Token ids (..., B, T) from the host, with B split over the batch axes of the current mesh.
+
+    Args:
+        tokens: whole, or of several processes each one's `local_rows`.
+        num_rows: B; None: `tokens` has them all.
+    """
+    target = spec(*["stack"] * (tokens.ndim - 2), "batch", "keys")
+    if target is None:
+        return jax.device_put(tokens)
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), target)
+    *lead, held, length = tokens.shape
+    num_rows = held if num_rows is None else num_rows
+    if held == num_rows:
+        return jax.device_put(tokens, layout)
+    rows = local_rows(num_rows)
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        first, last, _ = index[-2].indices(num_rows)
+        return tokens[..., np.searchsorted(rows, first) : np.searchsorted(rows, last), :]
+
+    return jax.make_array_from_callback((*lead, num_rows, length), layout, piece)

@@ -48,6 +48,7 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_slots"))
+@sharding.whole_sequences()
 def prefill(
     config: ModelConfig, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, num_slots: int
 ) -> tuple[jax.Array, Cache]:
@@ -98,6 +99,7 @@ def row_keys(seed: int, num_rows: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_tokens"), donate_argnames=("state",))
+@sharding.whole_sequences()
 def decode_n_tokens(
     config: ModelConfig,
     params: Params,
@@ -137,7 +139,7 @@ def decode_n_tokens(
         ), tokens_B
 
     state, tokens_NB = jax.lax.scan(step, state, length=num_tokens)
-    return tokens_NB.T, state
+    return sharding.reshard(tokens_NB.T, "stack", "stack"), state  # whole, so that every process can read them
 
 
 def sample(

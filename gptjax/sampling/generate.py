@@ -212,7 +212,7 @@ def _start(
     first_BV: np.ndarray | None,
 ) -> DecodeState:
     """Prefill the prompts, with room for `new_tokens`."""
-    shards = sharding.batch_shards()
+    shards = sharding.num_shards("batch")
     prompts = prompts + prompts[-1:] * (-len(prompts) % shards)
     T = min(_bucket(max(map(len, prompts))), config.context_length)
     tokens_BT = np.zeros((len(prompts), T), np.int32)

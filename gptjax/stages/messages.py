@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from gptjax.config import Config
+from gptjax.config import Config, MeshConfig
 from gptjax.data.loader import TokenRows
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
@@ -28,18 +28,22 @@ def description(config: Config, sources: dict[str, TokenRows], held_out: TokenRo
     counts = parameter_counts(model)
     sequences = final_progress(training, model.context_length).sequences
     evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
-    mesh = " × ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
     return "\n".join(
         (
             f"model: {counts['total']:,} parameters ({counts['embedding']:,} of them embedding), "
             f"{model.num_layers} layers, context {model.context_length}, {model.compute_dtype}",
-            f"devices: {jax.device_count()} × {device.device_kind}, mesh {mesh}",
+            f"devices: {jax.device_count()} × {device.device_kind}, mesh {axes(config.mesh)}",
             f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
             f"{sequences * model.context_length:,} tokens, in {config.run_dir}",
             *_epochs(sources, config.data.weights or (1.0,), sequences, model.context_length),
             f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, evenly spaced",
         )
     )
+
+
+def axes(mesh: MeshConfig) -> str:
+    """A mesh's axes that there are today: data 2 × fsdp 4 × context 1 × tensor 1."""
+    return " × ".join(f"{name} {size}" for name, size in dataclasses.asdict(mesh).items() if name != "expert")
 
 
 def _epochs(

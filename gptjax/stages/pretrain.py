@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from gptjax.config import Config, DataConfig, resolve, resolve_mesh, to_dict
+from gptjax.config import Config, DataConfig, to_dict
 from gptjax.data.loader import RowStream, TokenRows, evaluation_rows
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import PreparedData, TokenArray
@@ -22,6 +22,7 @@ from gptjax.evaluation.perplexity import evaluate
 from gptjax.model.accounting import mfu, parameter_counts, peak_flops, training_flops_per_token
 from gptjax.model.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
+from gptjax.resolve import memory_bytes, refit_mesh, resolve, resolve_mesh
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.generate import generate
 from gptjax.stages import messages
@@ -66,7 +67,7 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
                 console.message(f"{directory} is finished: {summary['step']} steps")
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
-        _check_backend(config)
+        config = _with_mesh(config, console)
         require_packages(config.training.log_to)
         with run_dir.writable(directory):
             if config.data.path == DataConfig().path:
@@ -135,6 +136,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
 
 def _merge_with_saved(config: Config, directory: Path, console: Console) -> Config:
     saved, environment = run_dir.load_run_config(directory)
+    config = dataclasses.replace(config, mesh=refit_mesh(saved.mesh, config.mesh, jax.device_count()))
     config, changes = run_dir.merge_resume(saved, config)
     for field, (old, new) in changes.items():
         console.message(f"changed for this run: {field} {old} → {new}")
@@ -157,16 +159,22 @@ def _with_absolute_paths(config: Config) -> Config:
     return dataclasses.replace(config, data=data, tokenizer=tokenizer)
 
 
-def _check_backend(config: Config) -> None:
-    """What can be refused before the data is read."""
+def _with_mesh(config: Config, console: Console) -> Config:
+    """Choose the mesh and say why; what does not fit the devices is refused before the data is read."""
     devices = jax.devices()
-    resolve_mesh(config.mesh, len(devices), config.model, config.training)
+    # The vocabulary is not known before the data is.
+    model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
+    memory = memory_bytes(devices[0])
+    mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory)
+    if len(devices) > 1:
+        console.message(f"mesh {messages.axes(mesh)}: {reason}")
     flags = os.environ.get("XLA_FLAGS", "")
     if config.training.deterministic and devices[0].platform == "gpu" and "deterministic_ops" not in flags:
         raise UserError(
             "training.deterministic needs XLA's flags before JAX starts; train.py sets them, elsewhere call "
             "gptjax.parallel.platform.configure(deterministic=True) first"
         )
+    return dataclasses.replace(config, mesh=mesh)
 
 
 def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:

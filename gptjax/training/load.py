@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax
 
-from gptjax.config import Config, default_compute_dtype
+from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, Params
+from gptjax.resolve import default_compute_dtype
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint
 from gptjax.training.run_dir import CHECKPOINTS, TOKENIZER_FILE, load_run_config

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.model.gpt import GPT, Params
+from gptjax.parallel import sharding
 
 Batch = Mapping[str, jax.Array]
 """`tokens` (B, T+1) int32: inputs and, shifted by one, labels. Optional: `loss_mask` (B, T+1), 1 where a token
@@ -70,6 +71,23 @@ def separate_documents(tokens_BT: jax.Array, separator: int) -> dict[str, jax.Ar
     }
 
 
+def lay_out(x_BT: jax.Array) -> jax.Array:
+    """One value a token, whole along the sequence, in the order and the shards in which a model gets its tokens."""
+    return sharding.reshard(sharding.balance(x_BT), "batch", "sequence")
+
+
+def inputs_and_labels(batch: Batch, separator: int | None) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """A model's tokens, the tokens after them, both (B, T), and where the first stand as the model takes it."""
+    inputs_BT, labels_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    places = {name: batch[name][:, :-1] for name in ("segment_ids", "positions") if name in batch}
+    if separator is not None:
+        places = separate_documents(inputs_BT, separator)
+    elif "positions" not in places and sharding.num_shards("sequence") > 1:  # the order is another, the places are not
+        whole = jax.typeof(inputs_BT).sharding
+        places["positions"] = jax.lax.broadcasted_iota(jnp.int32, inputs_BT.shape, 1, out_sharding=whole)
+    return lay_out(inputs_BT), lay_out(labels_BT), jax.tree.map(lay_out, places)
+
+
 def language_model_loss(model: GPT, z_loss: float = 0.0, separator: int | None = None) -> Loss:
     """Next-token cross-entropy plus `z_loss` · log²Z (PaLM, Chowdhery et al. 2022).
 
@@ -81,13 +99,10 @@ def language_model_loss(model: GPT, z_loss: float = 0.0, separator: int | None =
     """
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None):
-        inputs_BT, labels_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        places = {name: batch[name][:, :-1] for name in ("segment_ids", "positions") if name in batch}
-        if separator is not None:
-            places = separate_documents(inputs_BT, separator)
+        inputs_BT, labels_BT, places = inputs_and_labels(batch, separator)
         logits_BTV, _ = model.apply({"params": params}, inputs_BT, **places, dropout_key=dropout_key)
         nll_BT, log_z_BT = cross_entropy(logits_BTV, labels_BT)
-        mask_BT = batch["loss_mask"][:, 1:] if "loss_mask" in batch else jnp.ones_like(nll_BT)
+        mask_BT = lay_out(batch["loss_mask"][:, 1:]) if "loss_mask" in batch else jnp.ones_like(nll_BT)
         total = ((nll_BT + z_loss * jnp.square(log_z_BT)) * mask_BT).sum()
         return total, {"weight": mask_BT.sum(dtype=jnp.float32), "nll": (nll_BT * mask_BT).sum()}
 

@@ -198,7 +198,7 @@ def _runs_beside(path: Path) -> str:
 def merge_resume(saved: Config, requested: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     """The configuration with which a run goes on.
 
-    Fields that the request leaves open are the saved run's, except `mesh.data`, which is derived anew from
+    Fields that the request leaves open are the saved run's, except those of `mesh`, which are derived anew from
     the devices at hand. In particular the learning rate keeps its schedule when `training.steps` grows.
 
     Returns:
@@ -209,7 +209,7 @@ def merge_resume(saved: Config, requested: Config) -> tuple[Config, dict[str, tu
     """
     changes = differences(saved, requested)
     left_open = {name: before for name, (before, after) in changes.items() if after is None}
-    left_open.pop("mesh.data", None)
+    left_open = {name: before for name, before in left_open.items() if not name.startswith("mesh.")}
     changes = {name: change for name, change in changes.items() if change[1] is not None}
     refused = [name for name in changes if not any(fnmatch.fnmatch(name, pattern) for pattern in MAY_CHANGE)]
     if refused:

@@ -21,8 +21,9 @@ class TrainState(NamedTuple):
 
 def init_params(model: GPT, key: jax.Array) -> Params:
     """Initial parameters, drawn straight into their shards; jitted by the caller or not."""
-    # Shapes do not depend on the tokens. One row per batch shard is the least that can be laid out.
-    tokens_BT = sharding.reshard(jnp.zeros((sharding.batch_shards(), 1), jnp.int32), "batch", "sequence")
+    # Shapes do not depend on the tokens. One for each shard of a batch is the least that can be laid out.
+    shape = (sharding.num_shards("batch"), sharding.num_shards("sequence"))
+    tokens_BT = sharding.reshard(jnp.zeros(shape, jnp.int32), "batch", "sequence")
     return model.init(key, tokens_BT)["params"]
 
 

@@ -12,11 +12,15 @@ from gptjax.parallel.mesh import AXES, make_mesh, one_device_mesh
 
 
 def test_spec_reads_the_table(mesh):
-    assert sharding.spec("batch", "sequence", "heads", "head_dim") == P(("data", "fsdp"), None, "tensor", None)
-    assert sharding.spec("embed", "ffn") == P("fsdp", "tensor")
+    assert sharding.spec("batch", "sequence", "heads", "head_dim") == P(("data", "fsdp"), "context", "tensor", None)
+    assert sharding.spec("embed", "ffn") == P(("fsdp", "context"), "tensor")
+    with sharding.whole_sequences():
+        assert sharding.spec("batch", "sequence") == P(("data", "fsdp"), None)
 
 
-@pytest.mark.parametrize("axes", [("heads", "vocab"), ("batch", "embed"), ("ffn", "sequence", "ffn")])
+@pytest.mark.parametrize(
+    "axes", [("heads", "vocab"), ("batch", "embed"), ("ffn", "keys", "ffn"), ("sequence", "embed")]
+)
 def test_spec_refuses_a_mesh_axis_used_twice(axes):
     """Two dimensions cannot be split over the same devices; it is refused without a mesh, too."""
     with pytest.raises(ValueError, match="twice"):
@@ -39,7 +43,7 @@ def test_without_a_mesh_nothing_is_laid_out():
 def test_gather_makes_a_parameter_whole_along_fsdp_only(mesh):
     stored = sharding.reshard(jax.numpy.arange(32.0).reshape(4, 8), "embed", "ffn")
     used = sharding.gather(stored, "embed", "ffn")
-    assert jax.typeof(stored).sharding.spec == P("fsdp", "tensor")
+    assert jax.typeof(stored).sharding.spec == P(("fsdp", "context"), "tensor")
     assert jax.typeof(used).sharding.spec == P(None, "tensor")
     np.testing.assert_array_equal(used, stored)
 
@@ -51,15 +55,15 @@ def test_put_batch_splits_rows_and_keeps_order(mesh):
     assert jax.typeof(batch).sharding.spec == P(None, None, ("data", "fsdp"), None)
     np.testing.assert_array_equal(batch, tokens_KABT)
     for shard in batch.addressable_shards:
-        data, fsdp, _ = np.argwhere(mesh.devices == shard.device)[0]
+        data, fsdp, _, _ = np.argwhere(mesh.devices == shard.device)[0]
         first = 2 * (2 * data + fsdp)
         np.testing.assert_array_equal(shard.data, tokens_KABT[:, :, first : first + 2])
 
 
 def test_mesh_has_all_axes_and_all_devices():
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
     assert set(mesh.devices.flat) == set(jax.devices())
     assert dict(one_device_mesh().shape) == dict.fromkeys(AXES, 1)
-    with pytest.raises(UserError, match=r"data 2 × fsdp 2 × tensor 1 = 4 devices, but there are 8"):
+    with pytest.raises(UserError, match=r"data 2 × fsdp 2 × context 1 × tensor 1 = 4 devices, but there are 8"):
         make_mesh(MeshConfig(data=2, fsdp=2))

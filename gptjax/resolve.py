@@ -1,0 +1,196 @@
+"""What a configuration leaves open, filled from the devices and the tokenizer; and whether all of it fits."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+from gptjax.checks import require
+from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from gptjax.errors import UserError
+from gptjax.model.accounting import STATE_BYTES_PER_PARAMETER, parameter_counts
+
+STATE_SHARE = 0.5
+"""Of a device's memory that parameters, optimizer state and gradients may take; activations need the rest."""
+WIDEST_TENSOR = 8
+"""Splitting matrices sends activations twice a block and pass: that pays only within a node, which has 8 devices."""
+
+
+class _Device(Protocol):
+    platform: str
+
+
+class _Tokenizer(Protocol):
+    vocab_size: int
+
+
+def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer) -> Config:
+    """Fill every derived field from the devices and the tokenizer, and check that all of it fits.
+
+    Raises:
+        UserError: the mesh does not divide the devices, heads or batch, or the tokenizer has another
+            vocabulary than the model.
+    """
+    model, training = config.model, config.training
+    if model.vocab_size is not None and model.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
+            "leave model.vocab_size out to use the tokenizer's"
+        )
+    model = dataclasses.replace(
+        model,
+        num_kv_heads=model.resolved_num_kv_heads,
+        head_dim=model.resolved_head_dim,
+        ffn_dim=model.resolved_ffn_dim,
+        vocab_size=tokenizer.vocab_size,
+        compute_dtype=model.compute_dtype or default_compute_dtype(devices[0].platform),
+    )
+    optimizer = config.optimizer
+    if optimizer.decay_steps is None:
+        optimizer = dataclasses.replace(optimizer, decay_steps=training.steps)
+    training = dataclasses.replace(
+        training,
+        micro_batch_size=training.resolved_micro_batch_size,
+        batch_ramp_start=training.resolved_batch_ramp_start,
+    )
+    require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
+    mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory_bytes(devices[0]))
+    return dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training)
+
+
+def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the hardware has it: XLA's CPU backend mostly widens it to float32 and back."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def memory_bytes(device: Any) -> int | None:
+    """What a device can hold, or None where it does not say: on a CPU, whose memory all devices share."""
+    stats = getattr(device, "memory_stats", lambda: None)() or {}
+    return stats.get("bytes_limit")
+
+
+def resolve_mesh(
+    mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig, memory: int | None = None
+) -> tuple[MeshConfig, str]:
+    """Fill the axes that are left open, and check that the mesh divides devices, batch, heads and widths.
+
+    `fsdp` is the smallest that lets the training state (16 bytes a parameter: float32 weights, gradients and two
+    moments) take at most half of each device's memory; where the batch or the width admits no such one, `tensor`
+    helps out. `data` is what is left over. The vocabulary is checked where it is known already.
+
+    Args:
+        memory: bytes that one device can hold; None: unknown, and nothing is split that was not asked for.
+
+    Returns:
+        The mesh without open axes, and why it is this one.
+
+    Raises:
+        UserError: a product or a size that does not divide, with the nearest that does.
+    """
+    filled, reason = _fill(mesh, num_devices, model, training, memory)
+    _check(filled, num_devices, model, training)
+    return filled, reason
+
+
+def refit_mesh(saved: MeshConfig, requested: MeshConfig, num_devices: int) -> MeshConfig:
+    """The mesh with which a run goes on: its old one as far as nothing else is asked for, and open where that no longer
+    divides the devices."""
+    fsdp, tensor = requested.fsdp or saved.fsdp, requested.tensor or saved.tensor
+    mesh = dataclasses.replace(requested, fsdp=fsdp, tensor=tensor)
+    as_before = dataclasses.replace(mesh, data=None) == dataclasses.replace(saved, data=None)
+    fits = num_devices % (fsdp * mesh.context * tensor) == 0
+    return MeshConfig() if as_before and not fits else mesh
+
+
+def _fill(
+    mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig, memory: int | None
+) -> tuple[MeshConfig, str]:
+    asked = [name for name in ("data", "fsdp", "tensor") if getattr(mesh, name) is not None]
+    if mesh.context > 1:
+        asked.append("context")
+    whole = _state_bytes(model)
+    small = memory is None or whole <= STATE_SHARE * memory
+    for fsdp, tensor in _candidates(mesh, num_devices, model, training, widest_tensor=1 if small else WIDEST_TENSOR):
+        others = fsdp * mesh.context * tensor
+        data = mesh.data or max(1, num_devices // others)
+        filled = dataclasses.replace(mesh, data=data, fsdp=fsdp, tensor=tensor)
+        state = whole // others
+        if small or state <= STATE_SHARE * memory:
+            break
+    size = f"{state / 1e9:.3g} GB of parameters, gradients and optimizer state on each device"
+    if len(asked) == 4 or num_devices == 1:
+        return filled, size
+    if memory is None:
+        return filled, f"{size}; what memory a device has is unknown"
+    half = f"of its {memory / 1e9:.3g} GB"
+    verdict = half if state <= STATE_SHARE * memory else f"{half}, more than half: no mesh of these devices does better"
+    return filled, f"{size}, {verdict}"
+
+
+def _candidates(
+    mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig, widest_tensor: int
+) -> Iterator[tuple[int, int]]:
+    """Sizes of `fsdp` and `tensor` that could be taken, the ones that send least first; at least one."""
+    micro = training.resolved_micro_batch_size
+    found = False
+    for tensor in [mesh.tensor] if mesh.tensor else [n for n in range(1, widest_tensor + 1) if _splits(n, model)]:
+        for fsdp in [mesh.fsdp] if mesh.fsdp else range(1, num_devices + 1):
+            left = num_devices / (fsdp * mesh.context * tensor)
+            fits = left == (mesh.data or int(left)) and model.model_dim % (fsdp * mesh.context) == 0
+            if fits and micro % (fsdp * int(left)) == 0:
+                found = True
+                yield fsdp, tensor
+    if not found:  # what is wrong is for the checks to say
+        yield mesh.fsdp or 1, mesh.tensor or 1
+
+
+def _splits(n: int, model: ModelConfig) -> bool:
+    return all(size % n == 0 for size in (model.num_heads, model.resolved_num_kv_heads, model.resolved_ffn_dim))
+
+
+def _state_bytes(model: ModelConfig) -> int:
+    known = dataclasses.replace(model, vocab_size=model.vocab_size or 1)
+    return STATE_BYTES_PER_PARAMETER * parameter_counts(known)["total"]
+
+
+def _check(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig) -> None:
+    axes = {"data": mesh.data, "fsdp": mesh.fsdp, "context": mesh.context, "tensor": mesh.tensor}
+    product = math.prod(axes.values())
+    require(
+        product == num_devices,
+        f"mesh {' × '.join(f'{name} {size}' for name, size in axes.items())} = {product}, but there are "
+        f"{num_devices} device{'s' * (num_devices > 1)}; each axis must divide {num_devices}, and their product be "
+        f"{num_devices}",
+    )
+    shards = mesh.data * mesh.fsdp
+    micro = training.resolved_micro_batch_size
+    require(
+        micro % shards == 0,
+        f"a batch of {micro} sequences does not divide over mesh data {mesh.data} × fsdp {mesh.fsdp} = {shards} "
+        f"devices; the nearest training.{'micro_batch_size' if training.micro_batch_size else 'batch_size'} that works "
+        f"is {max(1, round(micro / shards)) * shards}",
+    )
+    if mesh.context > 1:
+        pieces = 2 * mesh.context
+        require(
+            model.context_length % pieces == 0,
+            f"mesh.context {mesh.context} cuts a sequence into {pieces} pieces, two for each device, which do not "
+            f"divide model.context_length {model.context_length}; the nearest that works is "
+            f"{max(1, round(model.context_length / pieces)) * pieces}",
+        )
+    fsdp = "fsdp" if mesh.context == 1 else "fsdp × mesh.context"
+    _require_divides(fsdp, mesh.fsdp * mesh.context, "model.model_dim", model.model_dim)
+    for name, size in (
+        ("num_heads", model.num_heads),
+        ("num_kv_heads", model.resolved_num_kv_heads),
+        ("ffn_dim", model.resolved_ffn_dim),
+    ):
+        _require_divides("tensor", mesh.tensor, f"model.{name}", size)
+    if model.vocab_size is not None:
+        _require_divides("tensor", mesh.tensor, "the padded vocab_size", model.padded_vocab_size)
+
+
+def _require_divides(axis: str, devices: int, name: str, size: int) -> None:
+    if size % devices:
+        works = max(n for n in range(1, devices) if size % n == 0 and devices % n == 0)
+        raise UserError(f"mesh.{axis} {devices} does not divide {name} {size}; the nearest that does is {works}")

@@ -1,0 +1,117 @@
+"""What is filled from the devices and the tokenizer, and what is refused because it does not fit them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig, to_dict
+from gptjax.errors import UserError
+from gptjax.model.accounting import parameter_counts
+from gptjax.presets import gpt3
+from gptjax.resolve import refit_mesh, resolve, resolve_mesh
+
+CPUS = [SimpleNamespace(platform="cpu")] * 8
+TOKENIZER = SimpleNamespace(vocab_size=300)
+SMALL = {"model_dim": 32, "num_heads": 4, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "batch", "words"),
+    [
+        (MeshConfig(data=3), {}, 8, ["data 3", "8 devices"]),
+        (MeshConfig(fsdp=3), {}, 8, ["fsdp 3", "8 devices"]),
+        (MeshConfig(data=8, context=2), {}, 8, ["data 8", "context 2", "= 16", "8 devices"]),
+        (MeshConfig(), {}, 12, ["12 sequences", "8", "training.batch_size", "nearest"]),
+        (MeshConfig(fsdp=8), {"model_dim": 36}, 8, ["mesh.fsdp 8", "model_dim 36", "nearest that does is 4"]),
+        (MeshConfig(fsdp=2, context=4), {"model_dim": 36}, 8, ["mesh.fsdp × mesh.context 8", "model_dim 36", "is 4"]),
+        (MeshConfig(context=8), {"context_length": 100}, 8, ["context 8", "16 pieces", "context_length 100", "is 96"]),
+        (MeshConfig(tensor=8), {}, 8, ["mesh.tensor 8", "num_heads 4", "4"]),
+        (MeshConfig(tensor=4), {"num_kv_heads": 2}, 8, ["num_kv_heads 2", "2"]),
+        (MeshConfig(tensor=4), {"ffn_dim": 6}, 8, ["ffn_dim 6", "that does is 2"]),
+    ],
+)
+def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):
+    """Which dimension, which axis, and what would divide."""
+    with pytest.raises(UserError) as error:
+        resolve_mesh(mesh, 8, ModelConfig(**SMALL | model), TrainingConfig(batch_size=batch))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"fsdp": 2}, (4, 2, 1, 1)),
+        ({"fsdp": 2, "tensor": 4}, (1, 2, 1, 4)),
+        ({"context": 4}, (2, 1, 4, 1)),
+        ({"data": 2}, (2, 4, 1, 1)),  # what is not asked for must make up the devices
+    ],
+)
+def test_open_axes_make_up_the_devices(asked, expected):
+    """Where the memory of a device is unknown, as on a CPU, nothing is split that was not asked for."""
+    mesh, reason = resolve_mesh(MeshConfig(**asked), 8, ModelConfig(**SMALL), TrainingConfig(batch_size=8))
+    assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == expected
+    assert "unknown" in reason
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "memory", "batch", "expected"),
+    [
+        ("125M", 8, 80e9, 256, (8, 1, 1, 1)),  # 2 GB: copies
+        ("1.3B", 8, 80e9, 512, (8, 1, 1, 1)),  # 21 GB of 40
+        ("2.7B", 8, 80e9, 512, (4, 2, 1, 1)),  # 42 GB do not fit 40
+        ("6.7B", 8, 80e9, 512, (2, 4, 1, 1)),
+        ("175B", 512, 80e9, 512, (4, 128, 1, 1)),
+        ("175B", 512, 80e9, 64, (4, 16, 1, 8)),  # a batch of 64 leaves no other way than to split matrices
+    ],
+)
+def test_the_least_is_split_that_fits_half_of_the_memory(size, devices, memory, batch, expected):
+    """16 bytes a parameter may take half: `fsdp` grows until they do, then `tensor`."""
+    config = gpt3(size)
+    model = ModelConfig(**{**vars(config.model), "vocab_size": 50257})
+    mesh, reason = resolve_mesh(MeshConfig(), devices, model, TrainingConfig(batch_size=batch), int(memory))
+    assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == expected
+    state = 16 * parameter_counts(model)["total"]
+    assert state / (mesh.fsdp * mesh.tensor) <= memory / 2
+    if mesh.fsdp > 1 and mesh.tensor == 1:
+        assert state / (mesh.fsdp / 2) > memory / 2
+    assert "of its 80 GB" in reason
+
+
+def test_says_when_no_mesh_fits():
+    model = ModelConfig(**{**vars(gpt3("175B").model), "vocab_size": 50257})
+    _, reason = resolve_mesh(MeshConfig(), 2, model, TrainingConfig(batch_size=8), 80 * 10**9)
+    assert "more than half" in reason
+
+
+def test_a_run_takes_another_mesh_on_other_devices():
+    """What a run was trained on stands where the devices allow it and the user says nothing else."""
+    saved = MeshConfig(data=2, fsdp=4, tensor=1)
+    again = MeshConfig(fsdp=4, tensor=1)  # as the command line reads it from a run
+    assert refit_mesh(saved, again, 8) == again
+    assert refit_mesh(saved, again, 4) == again
+    assert refit_mesh(saved, again, 2) == MeshConfig()
+    assert refit_mesh(saved, MeshConfig(), 8) == again
+    assert refit_mesh(saved, MeshConfig(fsdp=8, tensor=1), 2) == MeshConfig(fsdp=8, tensor=1)  # and is refused
+
+
+def test_resolve_leaves_nothing_open_and_changes_nothing_twice():
+    """A saved configuration means the same on any machine: no field is None, and resolving again is no change."""
+    config = resolve(Config(run_dir="runs/a"), CPUS, TOKENIZER)
+
+    def leaves(values):
+        for value in values.values():
+            yield from leaves(value) if isinstance(value, dict) else [value]
+
+    assert None not in list(leaves(to_dict(config)))
+    assert config.model.vocab_size == 300
+    assert config.model.compute_dtype == "float32"
+    assert config.mesh.data == 8
+    assert config.optimizer.decay_steps == config.training.steps
+    assert resolve(config, CPUS, TOKENIZER) == config
+    assert resolve(Config(run_dir="a"), [SimpleNamespace(platform="gpu")], TOKENIZER).model.compute_dtype == "bfloat16"
+
+
+def test_resolve_refuses_another_vocabulary():
+    with pytest.raises(UserError, match=r"299.*300"):
+        resolve(Config(model=ModelConfig(vocab_size=299), run_dir="a"), CPUS, TOKENIZER)
