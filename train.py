@@ -7,7 +7,7 @@ from gptjax import cli
 
 
 def main(arguments: Sequence[str]) -> int:
-    config, name = cli.parse_train(arguments, default=Path(__file__).parent / "configs" / "quickstart.py")
+    config, name, launch = cli.parse_train(arguments, default=Path(__file__).parent / "configs" / "quickstart.py")
 
     from gptjax.parallel import platform
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from gptjax.stages.pretrain import train
 
-    summary = train(config, name=name)
+    summary = train(config, name=name, launch=launch)
     codes = {"diverged": cli.EXIT_DIVERGED, "preempted": cli.EXIT_PREEMPTED, "interrupted": cli.EXIT_INTERRUPTED}
     return codes.get(summary["stopped"], 0)
 

@@ -11,6 +11,7 @@ Medians are printed, with the least and the most.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gptjax.cli import open_output
 from gptjax.config import DataConfig, TokenizerConfig
 from gptjax.data.corpus import PIECE_CHARACTERS, open_sources, tokenizer_texts
 from gptjax.data.loader import RowStream, TokenRows
@@ -116,8 +118,17 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-characters", type=int, default=10_000_000)
     parser.add_argument("--run", type=Path, help="a finished run, whose training speed the loader is compared with")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", help="file for the figures as one JSON object, or - for standard output")
     arguments = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr if arguments.json == "-" else sys.stdout):
+        result = measure(arguments)
+    if arguments.json:
+        with open_output(arguments.json) as file:
+            print(json.dumps(result), file=file)
+    return 0
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     data = DataConfig(path=tuple(arguments.text))
     result = {"tokenizing": tokenizing(data, arguments.vocab_size, arguments.repeats, arguments.max_characters)}
     trained = None
@@ -131,9 +142,7 @@ def main() -> int:
         result[f"loading {name}"] = {"tokens_per_second": rate}
         times = f"  {rate / trained:.0f} times the training" if trained else ""
         print(f"  {name:10} {shape[0]:3} × {shape[1]:4}     {describe(rates)}{times}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    return 0
+    return result
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ so.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import sys
 import tempfile
 from pathlib import Path
 
+from gptjax.cli import open_output
 from gptjax.config import Config, load_config
 from gptjax.parallel import platform
 
@@ -52,7 +55,18 @@ def main() -> int:
     parser.add_argument("--data", default="stdlib://")
     parser.add_argument("--max-gigabytes", type=float, default=8)
     parser.add_argument("--configs", type=Path, nargs="*", default=sorted((ROOT / "configs").glob("*.py")))
+    parser.add_argument("--json", help="file for the lines as JSON, one object each, or - for standard output")
     arguments = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr if arguments.json == "-" else sys.stdout):
+        rows = train_all(arguments)
+    if arguments.json:
+        with open_output(arguments.json) as file:
+            print(json.dumps(rows, ensure_ascii=False), file=file)
+    return 0
+
+
+def train_all(arguments: argparse.Namespace) -> list[dict[str, str | int | float]]:
+    """A row for each configuration, printed as it is trained."""
     platform.configure()
 
     from gptjax.model.accounting import parameter_counts
@@ -62,6 +76,7 @@ def main() -> int:
     from gptjax.training.load import load_run
     from gptjax.training.metrics import Console, read_metrics
 
+    rows = []
     print(f"{'configuration':22} {'published':>15} {'trained':>13} {'width':>6}  {'loss':>14}  a sample begins")
     for path in arguments.configs:
         with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w", encoding="utf-8") as log:
@@ -77,13 +92,25 @@ def main() -> int:
             vocab_size = run.tokenizer.vocab_size if whole.tokenizer.kind == "char" else whole.tokenizer.vocab_size
             published = parameter_counts(dataclasses.replace(whole.model, vocab_size=vocab_size))["total"]
             width, full = config.model.model_dim, whole.model.model_dim
+            rows.append(
+                {
+                    "configuration": path.stem,
+                    "published_parameters": published,
+                    "parameters": summary["parameters"],
+                    "model_dim": width,
+                    "published_model_dim": full,
+                    "first_loss": losses[0],
+                    "final_loss": losses[-1],
+                    "sample": completion.text,
+                }
+            )
             narrowed = "" if width == full else f" (of {full})"
             print(
                 f"{path.stem:22} {published:15,} {summary['parameters']:13,} {width:6}{narrowed}  "
                 f"{losses[0]:6.3f} → {losses[-1]:5.3f}  {completion.text[:30]!r}",
                 flush=True,
             )
-    return 0
+    return rows
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Unicode. It needs `pip install tiktoken`, which uses the same two files.
 """
 
 import argparse
+import contextlib
+import json
 import random
 import sys
 import time
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 
 import tiktoken
 
+from gptjax.cli import open_output
 from gptjax.config import DataConfig
 from gptjax.data.corpus import PIECE_CHARACTERS
 from gptjax.data.sources import read_documents
@@ -45,12 +48,25 @@ def main() -> int:
     parser.add_argument("folder")
     parser.add_argument("text", nargs="*")
     parser.add_argument("--megabytes", type=float, default=4, help="of each source")
+    parser.add_argument(
+        "--json", help="file for the table as JSON, an object for each source, or - for standard output"
+    )
     arguments = parser.parse_args()
+    with contextlib.redirect_stdout(sys.stderr if arguments.json == "-" else sys.stdout):
+        rows = compare(arguments)
+    if arguments.json:
+        with open_output(arguments.json) as file:
+            print(json.dumps(rows, ensure_ascii=False), file=file)
+    return int(any(row["different_documents"] for row in rows))
+
+
+def compare(arguments: argparse.Namespace) -> list[dict[str, str | int | float]]:
+    """A row for each source, printed as it is found."""
     ours = load_tokenizer(arguments.folder)
     ranks = {raw: i for i, raw in enumerate(ours.token_bytes()) if raw}
     special = {"<|endoftext|>": ours.end_of_text_id}
     theirs = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    different = total_bytes = 0
+    rows = []
     print(f"{'source':40} {'bytes':>12} {'tokens':>11}  equal  {'ours MB/s':>9} {'tiktoken MB/s':>13}")
     for source in (*arguments.text, "stdlib://", "odd Unicode"):
         if source == "odd Unicode":
@@ -71,17 +87,25 @@ def main() -> int:
         expected = theirs.encode_batch(texts, disallowed_special=())
         end = time.perf_counter()
         unequal = [number for number, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
-        different += len(unequal)
-        total_bytes += size
-        rates = f"{size / 1e6 / (middle - start):9.1f} {size / 1e6 / (end - middle):13.1f}"
-        print(f"{source[-40:]:40} {size:12,} {sum(map(len, found)):11,}  {'yes' if not unequal else 'NO':5}  {rates}")
+        row = {
+            "source": source,
+            "bytes": size,
+            "tokens": sum(map(len, found)),
+            "different_documents": len(unequal),
+            "bytes_per_second": size / (middle - start),
+            "tiktoken_bytes_per_second": size / (end - middle),
+        }
+        rows.append(row)
+        rates = f"{row['bytes_per_second'] / 1e6:9.1f} {row['tiktoken_bytes_per_second'] / 1e6:13.1f}"
+        print(f"{source[-40:]:40} {size:12,} {row['tokens']:11,}  {'yes' if not unequal else 'NO':5}  {rates}")
         if unequal:
             pair = zip(found[unequal[0]], expected[unequal[0]], strict=False)
             first = next(i for i, (a, b) in enumerate(pair) if a != b)
             context = theirs.decode(expected[unequal[0]][max(0, first - 3) : first + 3])
             print(f"  first difference: document {unequal[0]}, token {first}, near {context!r}")
-    print(f"{total_bytes:,} bytes, {different} documents differ")
-    return int(different > 0)
+    different = sum(row["different_documents"] for row in rows)
+    print(f"{sum(row['bytes'] for row in rows):,} bytes, {different} documents differ")
+    return rows
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax
 
 from gptjax.config import Config, load_config, replace_fields
 from gptjax.errors import UserError
-from gptjax.resolve import resolve
+from gptjax.resolve import memory_bytes, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +60,8 @@ def resolved(config: Config, vocab_size: int | None) -> Config:
         vocab_size: int
 
     size = vocab_size or config.model.vocab_size or config.tokenizer.vocab_size
-    return resolve(dataclasses.replace(config, run_dir="none"), jax.devices(), MadeTokenizer(size))
+    memory = memory_bytes(jax.local_devices()[0])
+    return resolve(dataclasses.replace(config, run_dir="none"), jax.devices(), MadeTokenizer(size), memory)
 
 
 def _value(text: str) -> Any:

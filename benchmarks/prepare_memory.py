@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gptjax.cli import open_output
+
 ROOT = Path(__file__).parent.parent
 CHILD = """
 import resource, sys
@@ -68,8 +70,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--forms", nargs="+", default=[".txt", ".jsonl.gz", ".parquet"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--json", help="file for the figures as JSON, an object for each form, or - for standard output"
+    )
     arguments = parser.parse_args()
+    text_to = sys.stderr if arguments.json == "-" else sys.stdout
     results = []
     for form in arguments.forms:
         with tempfile.TemporaryDirectory() as name:
@@ -82,9 +87,10 @@ def main() -> int:
             peak = int(output.splitlines()[-1])
             results.append({"form": form, "peak_memory_bytes": peak, "seconds": seconds})
             figures = f"peak {peak / 1e6:,.0f} MB  {seconds:.0f} s  {arguments.megabytes / seconds:.1f} MB/s"
-            print(f"{form:10} {arguments.megabytes} MB  {figures}", flush=True)
+            print(f"{form:10} {arguments.megabytes} MB  {figures}", file=text_to, flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(results) + "\n", encoding="utf-8")
+        with open_output(arguments.json) as file:
+            print(json.dumps(results), file=file)
     return 0
 
 

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from gptjax.cli import open_output
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,8 +23,9 @@ def main() -> int:
     parser.add_argument("text", type=Path)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare_char_cpu.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", type=Path, help="file for the losses as one JSON object")
+    parser.add_argument("--json", help="file for the losses as one JSON object, or - for standard output")
     arguments = parser.parse_args()
+    text_to = sys.stderr if arguments.json == "-" else sys.stdout
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seeds:
@@ -32,11 +35,13 @@ def main() -> int:
             subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, cwd=folder)
             summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
             losses[seed] = summary["val_loss"]
-            print(f"seed {seed}  {losses[seed]:.4f} nats/character  {summary['wall_seconds']:.0f} s", flush=True)
+            line = f"seed {seed}  {losses[seed]:.4f} nats/character  {summary['wall_seconds']:.0f} s"
+            print(line, file=text_to, flush=True)
     median = statistics.median(losses.values())
-    print(f"median of {len(losses)} seeds: {median:.4f} nats/character")
+    print(f"median of {len(losses)} seeds: {median:.4f} nats/character", file=text_to)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"median": median, "losses": losses}) + "\n", encoding="utf-8")
+        with open_output(arguments.json) as file:
+            print(json.dumps({"median": median, "losses": losses}), file=file)
     return 0
 
 

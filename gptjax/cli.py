@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from gptjax.config import Config, load_config
 from gptjax.errors import UserError
+from gptjax.parallel.launch import DistributedConfig
 from gptjax.sampling.config import SamplingConfig
 
 if TYPE_CHECKING:
@@ -34,12 +35,19 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
         sys.exit(EXIT_USER_ERROR)
 
 
-def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str]:
+@dataclass(frozen=True)
+class _TrainArguments(Config):
+    """A run, and the processes that train it together: these differ from one to the other, so they are not saved."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
+def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str, DistributedConfig]:
     """Read `[CONFIG.py | RUN] [--section.field value ...]`.
 
     Returns:
-        The configuration, with fields that the user left open still None, and the name that a new run
-        is called after.
+        The configuration, with fields that the user left open still None; the name that a new run is called after;
+        and how this process finds the others.
 
     Raises:
         UserError: the file or folder is missing or holds no configuration.
@@ -57,14 +65,21 @@ def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str]:
         config = dataclasses.replace(config, run_dir=str(target), mesh=dataclasses.replace(config.mesh, data=None))
     else:
         config = load_config(target)
-    config = tyro.cli(
-        Config,
-        default=config,
+    parsed = tyro.cli(
+        _TrainArguments,
+        default=_TrainArguments(**_fields(config)),
         args=arguments,
         prog="train.py [CONFIG.py | RUN]",
         description=f"Train a GPT. Defaults are those of {target}; a run's folder continues that run.",
     )
-    return config, target.stem
+    fields = _fields(parsed)
+    launch = fields.pop("distributed")
+    return Config(**fields), target.stem, launch
+
+
+def _fields(values: Any) -> dict[str, Any]:
+    """A dataclass's fields, one level deep."""
+    return {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,28 @@ def parse_sample(arguments: Sequence[str]) -> tuple[Path, SampleArguments]:
     )
     if run is None:
         raise UserError("no run given; write: python sample.py RUN --prompt TEXT")
+    check_output("--json", parsed.json)
     return Path(run), parsed
+
+
+def check_output(option: str, path: str | None) -> None:
+    """Check before the work that what it finds can be written; None and `-`, standard output, always can.
+
+    Raises:
+        UserError: no file can be made there.
+    """
+    if path in (None, "-"):
+        return
+    file = Path(path)
+    if file.is_dir():
+        problem = "is a folder"
+    elif not file.parent.is_dir():
+        problem = f"is in {file.parent}, which is no folder that exists"
+    elif not os.access(file if file.exists() else file.parent, os.W_OK):
+        problem = "cannot be written"
+    else:
+        return
+    raise UserError(f"{option} {path} {problem}; give a file in a folder that exists")
 
 
 @contextlib.contextmanager

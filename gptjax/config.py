@@ -211,8 +211,13 @@ class DataConfig:
         if isinstance(self.path, str):  # one path is the common case in a configuration file
             object.__setattr__(self, "path", (self.path,))
         require_types("data.", self)
-        for weight in self.weights:
-            require(0 < weight < math.inf, f"data.weights has {weight:g}, but each must be a positive number")
+        for number, weight in enumerate(self.weights):
+            source = f" for {self.path[number]}" if number < len(self.path) else ""
+            require(
+                0 < weight < math.inf,
+                f"data.weights has {weight:g}{source}, but each must be a positive number; to leave a source out, leave "
+                "it out of data.path",
+            )
         require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction:g}, but must lie between 0 and 1",

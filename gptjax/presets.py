@@ -36,7 +36,9 @@ def gpt1() -> Config:
     """GPT (Radford et al. 2018), 117M: post-norm, and dropout everywhere.
 
     Section 4.1: Adam, 2.5e-4 after 2000 steps of warm-up, cosine to 0, batches of 64 × 512 tokens, weight decay 0.01,
-    40,000 merges. It ran 100 epochs of a corpus that is no longer to be had; a million steps are set here.
+    40,000 merges. It ran 100 epochs of a corpus that is no longer to be had; a million steps are set here. One
+    departure: the paper draws all weights from N(0, 0.02), while here, as everywhere in gptjax, those of projections
+    into the residual stream are smaller by sqrt(2 · num_layers), which GPT-2 brought in.
     """
     return Config(
         model=ModelConfig(

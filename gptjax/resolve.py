@@ -24,8 +24,11 @@ class _Tokenizer(Protocol):
     vocab_size: int
 
 
-def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer) -> Config:
+def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, memory: int | None = None) -> Config:
     """Fill every derived field from the devices and the tokenizer, and check that all of it fits.
+
+    Args:
+        memory: as `resolve_mesh`.
 
     Raises:
         UserError: the mesh does not divide the devices, heads or batch, or the tokenizer has another
@@ -54,7 +57,7 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer) -
         batch_ramp_start=training.resolved_batch_ramp_start,
     )
     require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
-    mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory_bytes(devices[0]))
+    mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory)
     return dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training)
 
 
@@ -64,9 +67,8 @@ def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
 
 
 def memory_bytes(device: Any) -> int | None:
-    """What a device can hold, or None where it does not say: on a CPU, whose memory all devices share."""
-    stats = getattr(device, "memory_stats", lambda: None)() or {}
-    return stats.get("bytes_limit")
+    """What a device of this process can hold, or None where it does not say: on a CPU, whose memory all share."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def resolve_mesh(

@@ -141,6 +141,18 @@ def test_which_properties_hold(name):
     assert tuple(holds(MODELS[name]) for holds in PROPERTIES) == EXPECTED[name]
 
 
+def test_the_listing_has_no_way_but_through_matrices():
+    """With its feed-forward layers silent the text still reaches the head, by the output of attention that is added
+    once more; with attention silent as well, nothing does. The row of the faults says both."""
+    model = MODELS["sequence first"]
+    without_ffn = model.params | {"blocks": [block | {"down": 0 * block["down"]} for block in model.params["blocks"]]}
+    assert influence(model._replace(params=without_ffn))[:, 0].all()
+    assert not influence(model._replace(params=model.silent)).any()
+    for name in DOCS:
+        (row,) = (line for line in DOCS[name].splitlines() if "`Block`" in line and "ReLU" in line)
+        assert ("values and output" if name == "article.md" else "值矩阵和输出矩阵") in row
+
+
 DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("article*.md"))}
 
 
@@ -171,12 +183,14 @@ def test_named_code_exists(name):
 @pytest.mark.parametrize("name", DOCS)
 def test_commands_parse(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", DOCS[name], re.DOTALL) for line in block.splitlines()]
+    blocks = [block.replace("\\\n", "") for block in re.findall(r"```sh\n(.*?)```", DOCS[name], re.DOTALL)]
+    lines = [line for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
     assert len(commands) >= 5
     for _, *words in commands:
         if words[0] == "train.py":
-            cli.parse_train(words[1:], ROOT / "configs" / "quickstart.py")
+            config, *_ = cli.parse_train(words[1:], ROOT / "configs" / "quickstart.py")
+            assert config.optimizer.warmup_steps < config.training.steps
         elif words[0] == "sample.py":
             cli.parse_sample(words[1:])
         else:

@@ -80,8 +80,8 @@ def test_package_is_lazy_and_complete():
 
 
 def test_overrides_change_the_named_field_only():
-    config, name = cli.parse_train(["--model.num-layers", "2", "--data.path", "a.txt", "b"], QUICKSTART)
-    default, _ = cli.parse_train([], QUICKSTART)
+    config, name, _ = cli.parse_train(["--model.num-layers", "2", "--data.path", "a.txt", "b"], QUICKSTART)
+    default, *_ = cli.parse_train([], QUICKSTART)
     assert name == "quickstart"
     assert (config.model.num_layers, config.data.path) == (2, ("a.txt", "b"))
     assert config.optimizer == default.optimizer
@@ -146,3 +146,12 @@ def test_prepare_command_writes_what_train_opens(tmp_path):
     assert missing.returncode == 2
     assert missing.stderr.count("\n") == 1
     assert "text.txt" in missing.stderr
+
+
+def test_the_largest_weights_are_shares_as_any(tmp_path):
+    """Their sum is no number that a computer has, so that each would be told as 0 %."""
+    from gptjax.stages.messages import _epochs
+
+    lines = [*_epochs({"a": range(10), "b": range(30)}, (1e308, 1e308), sequences=60, context_length=4)]
+    assert lines == ["  50 % from a: 40 tokens, 3 epochs", "  50 % from b: 120 tokens, 1 epochs"]
+    assert [line[:7] for line in _epochs({"a": range(10), "b": range(30)}, (1.0, 3.0), 60, 4)] == ["  25 % ", "  75 % "]

@@ -57,6 +57,131 @@ def test_gpt3_counts(name, published, unit):
     assert round(count(CONFIGS[name]) / 1e6 / unit) * unit == published
 
 
+@pytest.mark.parametrize(
+    ("size", "layers", "d_model", "heads", "d_head", "batch", "rate"),
+    [  # Table 2.1, with 16 heads for the 24 of XL and 5120 for the 5140 of 13B
+        ("125m", 12, 768, 12, 64, 0.5e6, 6.0e-4),
+        ("350m", 24, 1024, 16, 64, 0.5e6, 3.0e-4),
+        ("760m", 24, 1536, 16, 96, 0.5e6, 2.5e-4),
+        ("1_3b", 24, 2048, 16, 128, 1e6, 2.0e-4),
+        ("2_7b", 32, 2560, 32, 80, 1e6, 1.6e-4),
+        ("6_7b", 32, 4096, 32, 128, 2e6, 1.2e-4),
+        ("13b", 40, 5120, 40, 128, 2e6, 1.0e-4),
+        ("175b", 96, 12288, 96, 128, 3.2e6, 0.6e-4),
+    ],
+)
+def test_gpt3_table(size, layers, d_model, heads, d_head, batch, rate):
+    """Table 2.1 row by row, and what Appendix B says of all of them."""
+    config = CONFIGS[f"gpt3_{size}"]
+    model, optimizer = config.model, config.optimizer
+    assert (model.num_layers, model.model_dim, model.num_heads) == (layers, d_model, heads)
+    assert (model.resolved_head_dim, model.resolved_ffn_dim, model.context_length) == (d_head, 4 * d_model, 2048)
+    assert model.attention_pattern == ("dense", "local")
+    assert optimizer.peak_learning_rate == rate
+    assert config.training.batch_size == 256 * round(batch / 2048 / 256)
+    assert config.training.batch_ramp_start * 2048 == 2**15
+    assert 4e9 <= config.training.batch_ramp_tokens <= 12e9
+    assert (optimizer.beta1, optimizer.beta2, optimizer.epsilon) == (0.9, 0.95, 1e-8)
+    assert (optimizer.clip_norm, optimizer.weight_decay, optimizer.schedule) == (1.0, 0.1, "cosine")
+    assert (optimizer.warmup_tokens, optimizer.decay_tokens) == (375_000_000, 260_000_000_000)
+    assert optimizer.final_learning_rate_fraction == 0.1
+
+
+def fields(**values: object) -> dict[str, object]:
+    return values
+
+
+RECIPES = {  # of one name or of all that begin with it
+    "gpt1": {  # Radford et al. 2018, section 4.1
+        "model": fields(num_layers=12, model_dim=768, num_heads=12, context_length=512, norm_position="post"),
+        "optimizer": fields(
+            peak_learning_rate=2.5e-4,
+            warmup_steps=2000,
+            schedule="cosine",
+            weight_decay=0.01,
+            beta1=0.9,
+            beta2=0.999,
+            final_learning_rate_fraction=0.0,
+        ),
+        "training": fields(batch_size=64),
+        "tokenizer": fields(vocab_size=40478),
+    },
+    "gpt2": {  # Radford et al. 2019: context, batch, vocabulary; the rest is train_gpt2.py of nanoGPT
+        "model": fields(context_length=1024, norm_position="pre", embedding_dropout=0.0, residual_dropout=0.0),
+        "optimizer": fields(
+            warmup_steps=2000, beta1=0.9, beta2=0.95, weight_decay=0.1, clip_norm=1.0, final_learning_rate_fraction=0.1
+        ),
+        "training": fields(batch_size=512),
+        "tokenizer": fields(vocab_size=50257),
+    },
+    "gpt2_124m": {
+        "model": fields(num_layers=12, model_dim=768, num_heads=12),
+        "optimizer": fields(peak_learning_rate=6e-4),
+    },
+    "gpt2_355m": {
+        "model": fields(num_layers=24, model_dim=1024, num_heads=16),
+        "optimizer": fields(peak_learning_rate=3e-4),
+    },
+    "gpt2_774m": {
+        "model": fields(num_layers=36, model_dim=1280, num_heads=20),
+        "optimizer": fields(peak_learning_rate=2.5e-4),
+    },
+    "gpt2_1558m": {
+        "model": fields(num_layers=48, model_dim=1600, num_heads=25),
+        "optimizer": fields(peak_learning_rate=2e-4),
+    },
+    "shakespeare_char": {  # nanoGPT: train.py's defaults, and what both settings share
+        "model": fields(bias=False, norm_bias=False, feed_forward="gelu"),
+        "optimizer": fields(
+            peak_learning_rate=1e-3,
+            warmup_steps=100,
+            beta1=0.9,
+            beta2=0.99,
+            weight_decay=0.1,
+            clip_norm=1.0,
+            final_learning_rate_fraction=0.1,
+        ),
+        "tokenizer": fields(kind="char"),
+        "data": fields(validation_fraction=0.1, split="position"),
+    },
+    "shakespeare_char_gpu": {  # config/train_shakespeare_char.py
+        "model": fields(
+            num_layers=6,
+            model_dim=384,
+            num_heads=6,
+            context_length=256,
+            embedding_dropout=0.2,
+            attention_dropout=0.2,
+            residual_dropout=0.2,
+        ),
+        "training": fields(steps=5000, batch_size=64),
+    },
+    "shakespeare_char_cpu": {  # README
+        "model": fields(
+            num_layers=4,
+            model_dim=128,
+            num_heads=4,
+            context_length=64,
+            embedding_dropout=0.0,
+            attention_dropout=0.0,
+            residual_dropout=0.0,
+        ),
+        "training": fields(steps=2000, batch_size=12),
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_published_recipes(recipe):
+    """Shapes, optimizer and batch as published: parameter counts know nothing of heads and learning rates."""
+    names = [name for name in CONFIGS if name == recipe or (recipe not in CONFIGS and name.startswith(recipe))]
+    assert names
+    for name in names:
+        for section, published in RECIPES[recipe].items():
+            found = dataclasses.asdict(getattr(CONFIGS[name], section))
+            assert {field: found[field] for field in published} == published, (name, section)
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("gpt3")])
 def test_gpt3_sees_its_tokens(name):
     """With its ramp a run reaches 300 billion tokens with its last step and not before; the learning rate rises until

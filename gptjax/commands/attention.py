@@ -1,5 +1,6 @@
 """`python -m gptjax attention RUN --text TEXT`: what the heads look at, and what each layer would predict."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ class AttentionArguments:
 
     text: str = "The cat sat on the mat"
     """Text to read."""
-    out: str = "attention.png"
-    """Picture to write, .png or another kind."""
+    out: str | None = None
+    """Picture to write, .png or another kind. None: attention.png, or with --logit-lens lens.png."""
     layer: tuple[int, ...] = ()
     """Layers to draw, counted from 0. None given: all."""
     logit_lens: bool = False
@@ -48,12 +49,16 @@ def parse(arguments: Sequence[str]) -> tuple[Path, AttentionArguments]:
     )
     if run is None:
         raise UserError("no run given; write: python -m gptjax attention RUN --text TEXT")
+    if parsed.out is None:
+        parsed = dataclasses.replace(parsed, out="lens.png" if parsed.logit_lens else "attention.png")
     return Path(run), parsed
 
 
 def main(arguments: Sequence[str]) -> int:
     """Draw what every head looks at, or with --logit-lens what each layer would predict."""
     directory, parsed = parse(arguments)
+    cli.check_output("--out", parsed.out)
+    cli.check_output("--json", parsed.json)
 
     from gptjax.parallel import platform
 
@@ -61,52 +66,54 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from gptjax.evaluation.pictures import require_fits, require_matplotlib
+    from gptjax.evaluation.pictures import require_fits, require_panels, require_picture
     from gptjax.parallel.mesh import one_device_mesh
     from gptjax.text.labels import token_label
     from gptjax.training.load import load_run
 
-    require_matplotlib()
+    require_picture(parsed.out)
     with jax.set_mesh(one_device_mesh()):
         run = load_run(directory, parsed.step)
-        num_layers = run.config.model.num_layers
+        model = run.config.model
         for layer in parsed.layer:
-            if not 0 <= layer < num_layers:
-                raise UserError(f"--layer {layer}: the model has layers 0 to {num_layers - 1}")
+            if not 0 <= layer < model.num_layers:
+                raise UserError(f"--layer {layer}: the model has layers 0 to {model.num_layers - 1}")
+        if not parsed.logit_lens:
+            require_panels(len(parsed.layer) or model.num_layers, model.num_heads)
         token_ids = run.tokenizer.encode(parsed.text)
         if not token_ids:
             raise UserError("--text is empty; give some words")
-        require_fits(len(token_ids))
+        run.tokenizer.require_lossless(parsed.text, token_ids)
+        require_fits(len(token_ids), model.context_length)
         raws = run.tokenizer.token_bytes()
         names = {i: name for name, i in run.tokenizer.special_token_ids.items()}
         labels = [token_label(raw, names.get(i, "")) for i, raw in enumerate(raws)]
         show = _show_lens if parsed.logit_lens else _show_attention
-        numbers = show(run, parsed, token_ids, labels)
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            print(json.dumps({"run": str(directory), "step": run.step} | numbers, ensure_ascii=False), file=file)
+        show(run, parsed, token_ids, labels)
+    if parsed.json != "-":
+        print(f"drawn: {parsed.out}")
     return 0
 
 
-def _show_attention(run: "Run", parsed: AttentionArguments, token_ids: list[int], labels: list[str]) -> dict[str, Any]:
+def _show_attention(run: "Run", parsed: AttentionArguments, token_ids: list[int], labels: list[str]) -> None:
     from gptjax.evaluation.inside import attention_weights, looked_at_most
     from gptjax.evaluation.pictures import plot_attention
 
     tokens = [labels[i] for i in token_ids]
     weights_LNTS = attention_weights(run.config.model, run.params, token_ids)
-    plot_attention(weights_LNTS, tokens, parsed.out, parsed.layer)
     layers = [*parsed.layer] or [*range(len(weights_LNTS))]
+    numbers = {"token_ids": token_ids, "tokens": tokens, "layers": layers, "weights": weights_LNTS[layers].tolist()}
+    _write_json(run, parsed, numbers)
+    plot_attention(weights_LNTS, tokens, parsed.out, parsed.layer)
     if parsed.json != "-":
         table = cli.make_table("tokens looked at most, averaged over heads", "token", *(f"layer {n}" for n in layers))
         looks = [looked_at_most(weights_LNTS[layer]) for layer in layers]
         for t, token in enumerate(tokens):
             table.add_row(token, *("  ".join(f"{tokens[s]} {w:.2f}" for s, w in look[t]) for look in looks))
         cli.print_wide(table)
-        print(f"drawn: {parsed.out}")
-    return {"token_ids": token_ids, "tokens": tokens, "layers": layers} | {"weights": weights_LNTS[layers].tolist()}
 
 
-def _show_lens(run: "Run", parsed: AttentionArguments, token_ids: list[int], labels: list[str]) -> dict[str, Any]:
+def _show_lens(run: "Run", parsed: AttentionArguments, token_ids: list[int], labels: list[str]) -> None:
     from gptjax.evaluation.inside import logit_lens
     from gptjax.evaluation.pictures import plot_logit_lens
 
@@ -116,6 +123,15 @@ def _show_lens(run: "Run", parsed: AttentionArguments, token_ids: list[int], lab
         lens = type(lens)(*(values[[*parsed.layer]] for values in lens))
     layers = [*parsed.layer] or [*range(len(lens.token_ids_LT))]
     predicted = [[labels[i] for i in row] for row in lens.token_ids_LT.tolist()]
+    numbers = {
+        "token_ids": token_ids,
+        "tokens": tokens,
+        "layers": layers,
+        "predicted": predicted,
+        "probability": lens.probability_LT.tolist(),
+        "entropy": lens.entropy_LT.tolist(),
+    }
+    _write_json(run, parsed, numbers)
     plot_logit_lens(lens, tokens, predicted, parsed.out, layers)
     if parsed.json != "-":
         columns = ("token", *(f"after layer {layer}" for layer in layers), "the text's own")
@@ -124,9 +140,10 @@ def _show_lens(run: "Run", parsed: AttentionArguments, token_ids: list[int], lab
             cells = [f"{predicted[n][t]} {lens.probability_LT[n, t]:.2f}" for n in range(len(layers))]
             table.add_row(token, *cells, tokens[t + 1] if t + 1 < len(tokens) else "")
         cli.print_wide(table)
-        print(f"drawn: {parsed.out}")
-    return {"token_ids": token_ids, "tokens": tokens, "layers": layers} | {
-        "predicted": predicted,
-        "probability": lens.probability_LT.tolist(),
-        "entropy": lens.entropy_LT.tolist(),
-    }
+
+
+def _write_json(run: "Run", parsed: AttentionArguments, numbers: dict[str, Any]) -> None:
+    """Before a picture is drawn: what was computed is not lost where that fails."""
+    if parsed.json is not None:
+        with cli.open_output(parsed.json) as file:
+            print(json.dumps({"run": str(run.directory), "step": run.step} | numbers, ensure_ascii=False), file=file)

@@ -1,5 +1,6 @@
 """`python -m gptjax env`: what a bug report needs."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 from gptjax import cli
 
-OPTIONAL = (
+OPTIONAL = (  # as they are imported
     *("pyarrow", "huggingface_hub", "matplotlib", "tensorboardX", "wandb", "trackio"),
     *("fastapi", "lm_eval", "torch", "transformers"),
 )
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     import tyro
 
     parsed = tyro.cli(EnvArguments, args=arguments, prog="python -m gptjax env", description=main.__doc__)
+    cli.check_output("--json", parsed.json)
     found = collect()
     if parsed.json is not None:
         with cli.open_output(parsed.json) as file:
@@ -40,12 +42,13 @@ def main(arguments: Sequence[str]) -> int:
     for title, values in found.items():
         print(title)
         for name, value in values.items():
-            print(f"  {name}: {'unknown' if value is None else value}")
+            nothing = "missing" if title == "optional packages" else "unknown"
+            print(f"  {name}: {nothing if value is None else value}")
     return 0
 
 
 def collect() -> dict[str, dict[str, Any]]:
-    """Everything that is shown, by section; None is unknown."""
+    """Everything that is shown, by section; None is unknown, and of an optional package that it is missing."""
     variables = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SHOWN_VARIABLES)}
 
     from gptjax.parallel import platform as backend
@@ -63,12 +66,8 @@ def collect() -> dict[str, dict[str, Any]]:
         sections |= _jax()
     except Exception as error:  # a broken installation is what a report may be about
         sections["jax"] = {"broken": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    installed = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
     return sections | {
-        "optional packages": {
-            "installed": " ".join(n for n, there in installed.items() if there) or "none",
-            "missing": " ".join(n for n, there in installed.items() if not there) or "none",
-        },
+        "optional packages": {name: _version(name) for name in OPTIONAL},
         "settings": {"compilation_cache": os.environ["JAX_COMPILATION_CACHE_DIR"]} | variables,
     }
 
@@ -94,6 +93,15 @@ def _jax() -> dict[str, dict[str, Any]]:
             "peak_bfloat16_flops": peak_flops(device.device_kind, "bfloat16"),
         },
     }
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def _processor() -> str | None:

@@ -66,6 +66,8 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], EvaluateArguments]:
 def main(arguments: Sequence[str]) -> int:
     """Measure how well runs predict text, by document and by position."""
     runs, parsed = parse(arguments)
+    cli.check_output("--out", parsed.out)
+    cli.check_output("--json", parsed.json)
 
     from gptjax.parallel import platform
 
@@ -73,21 +75,21 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
-    from gptjax.evaluation.pictures import plot_positions, require_matplotlib
+    from gptjax.evaluation.pictures import plot_positions, require_picture
     from gptjax.parallel.mesh import one_device_mesh
 
     if parsed.out is not None:
-        require_matplotlib()
+        require_picture(parsed.out)
     with jax.set_mesh(one_device_mesh()):
         results = [_evaluate(directory, parsed) for directory in runs]
     if parsed.json != "-":
         _print_tables(results)
-    if parsed.out is not None:
-        plot_positions({r["run"]: r["nats_per_token_by_position"] for r in results}, parsed.out)
     if parsed.json is not None:
         with cli.open_output(parsed.json) as file:
             for result in results:
                 print(json.dumps(result, ensure_ascii=False), file=file)
+    if parsed.out is not None:
+        plot_positions({r["run"]: r["nats_per_token_by_position"] for r in results}, parsed.out)
     return 0
 
 
@@ -133,7 +135,8 @@ def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocu
     prepared = not parsed.data or (Path(parsed.data[0]) / INDEX_FILE).is_file()
     if not prepared:
         data = DataConfig(path=parsed.data, text_field=parsed.text_field)
-        return tokenize(read_documents(data, Counter()), run.tokenizer)
+        documents = read_documents(data, Counter(), text_field_option="--text-field", can_skip=False)
+        return tokenize(documents, run.tokenizer)
     data = dataclasses.replace(run.config.data, path=parsed.data, weights=()) if parsed.data else run.config.data
     tokenizer = run.tokenizer if run.config.tokenizer.path else run.config.tokenizer
     opened = prepare(data, tokenizer, log=cli.print_to_stderr)
@@ -180,7 +183,7 @@ def _print_tables(results: list[dict[str, Any]]) -> None:
         print(f"{r['run']}: windows of {r['context_length']} tokens, {r['stride']} apart")
     if len({r["tokenizer"] for r in results}) > 1:
         print("These runs have different tokenizers: only bits/byte can be compared.")
-    title = "nats/token by the number of tokens before it in the window that predicted a token"
+    title = "nats/token by the number of tokens before it in the window that predicted a token, end-of-text included"
     positions = cli.make_table(title, "run", *_bins(results))
     for r in results:
         positions.add_row(r["run"], *_by_bin(r, _bins(results)))
@@ -190,9 +193,9 @@ def _print_tables(results: list[dict[str, Any]]) -> None:
 
 
 def _bins(results: list[dict[str, Any]]) -> list[str]:
-    """0, 1, 2-3, 4-7 and so on."""
+    """1, 2-3, 4-7 and so on: no token is predicted with none before it."""
     longest = max(len(r["tokens_by_position"]) for r in results)
-    edges = [0, *(2**n for n in range(longest.bit_length()) if 2**n < longest), longest]
+    edges = [*(2**n for n in range(longest.bit_length()) if 2**n < longest), longest]
     return [str(a) if b - a == 1 else f"{a}-{b - 1}" for a, b in itertools.pairwise(edges)]
 
 

@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str]) -> PrepareArguments:
 def main(arguments: Sequence[str]) -> int:
     """Turn text into token shards that `train.py --data.path` opens."""
     parsed = parse(arguments)
+    cli.check_output("--json", parsed.json)
 
     from gptjax.data import prepare as preparation
 

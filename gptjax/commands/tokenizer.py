@@ -1,5 +1,6 @@
 """`python -m gptjax tokenizer train|show`: make a tokenizer, or look at one."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -73,8 +74,15 @@ def _train(arguments: Sequence[str]) -> int:
         description="Train a tokenizer, the one that prepare would train, and measure how it compresses the sources.",
     )
     out = Path(parsed.out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"--out {out} is a folder, or in none that exists; give a file such as tokenizer.json")
+    cli.check_output("--out", parsed.out)
+    cli.check_output("--json", parsed.json)
+    if path := parsed.tokenizer.path:
+        raise UserError(
+            f"tokenizer.path {path} is a tokenizer that is used as it is, but this makes a new one; leave it out, or "
+            f"see what that one does: python -m gptjax tokenizer show {path}"
+        )
+    if parsed.data.weights:
+        raise UserError("data.weights is for training a model: a tokenizer sees the text as it is; leave it out")
 
     from gptjax.data.corpus import open_sources, tokenizer_texts
     from gptjax.text.tokenizer import train_tokenizer
@@ -93,7 +101,7 @@ def _train(arguments: Sequence[str]) -> int:
         tokenizer.save(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
-    rows = _compression(tokenizer, parsed.data.path, parsed.data.text_field, parsed.megabytes)
+    rows = _compression(tokenizer, parsed.data, parsed.megabytes)
     found = {"out": str(out)} | _describe(tokenizer) | {"trained_on_characters": trained_on, "compression": rows}
     if parsed.json != "-":
         print(f"{tokenizer.kind} of {tokenizer.vocab_size:,} tokens, trained on {trained_on:,} characters: {out}")
@@ -116,6 +124,7 @@ def _show(arguments: Sequence[str]) -> int:
     )
     if path is None:
         raise UserError("no tokenizer given; write: python -m gptjax tokenizer show runs/quickstart")
+    cli.check_output("--json", parsed.json)
 
     from gptjax.text.files import load_tokenizer
     from gptjax.text.labels import token_label
@@ -124,17 +133,19 @@ def _show(arguments: Sequence[str]) -> int:
     found = _describe(tokenizer)
     raws = tokenizer.token_bytes()
     if parsed.json != "-":
-        for name, value in found.items():
-            print(f"{name}: {value}")
+        _print_description(found)
     if parsed.text:
         ids = tokenizer.encode(parsed.text)
+        tokenizer.require_lossless(parsed.text, ids)
         tokens = [token_label(raws[i]) for i in ids]
         found |= {"token_ids": ids, "tokens": tokens}
         if parsed.json != "-":
             print(f"{len(ids)} tokens: {'|'.join(tokens)}")
             print(f"ids: {' '.join(map(str, ids))}")
     if parsed.data:
-        found["compression"] = _compression(tokenizer, parsed.data, parsed.text_field, parsed.megabytes)
+        data = DataConfig(path=parsed.data, text_field=parsed.text_field)
+        options = {"text_field_option": "--text-field", "can_skip": False}
+        found["compression"] = _compression(tokenizer, data, parsed.megabytes, **options)
         if parsed.json != "-":
             _print_compression(found["compression"])
     _write_json(found, parsed.json)
@@ -149,23 +160,32 @@ def _describe(tokenizer: "Tokenizer") -> dict[str, Any]:
     return {
         "kind": tokenizer.kind,
         "vocabulary": tokenizer.vocab_size,
-        "end_of_text": f"{names[tokenizer.end_of_text_id]} ({tokenizer.end_of_text_id})",
-        "special_tokens": ", ".join(tokenizer.special_token_ids),
-        "longest_tokens": ", ".join(token_label(raw) for raw in longest),
+        "end_of_text": {"token": names[tokenizer.end_of_text_id], "id": tokenizer.end_of_text_id},
+        "special_tokens": tokenizer.special_token_ids,
+        "longest_tokens": [token_label(raw) for raw in longest],
         "fingerprint": tokenizer.fingerprint,
     }
 
 
-def _compression(
-    tokenizer: "Tokenizer", paths: Sequence[str], text_field: str, megabytes: float
-) -> list[dict[str, Any]]:
-    """Tokens and bytes of the start of each source."""
+def _print_description(found: dict[str, Any]) -> None:
+    end = found["end_of_text"]
+    shown = {
+        "end_of_text": f"{end['token']} ({end['id']})",
+        "special_tokens": ", ".join(found["special_tokens"]),
+        "longest_tokens": ", ".join(found["longest_tokens"]),
+    }
+    for name, value in (found | shown).items():
+        print(f"{name}: {value}")
+
+
+def _compression(tokenizer: "Tokenizer", data: DataConfig, megabytes: float, **options: Any) -> list[dict[str, Any]]:
+    """Tokens and bytes of the start of each source, read with the options of `read_documents`."""
     from gptjax.data.sources import read_documents
 
     rows = []
-    for path in paths:
+    for path in data.path:
         num_bytes = num_tokens = num_characters = 0
-        for document in read_documents(DataConfig(path=(path,), text_field=text_field), Counter()):
+        for document in read_documents(dataclasses.replace(data, path=(path,)), Counter(), **options):
             ids = tokenizer.encode(document.text)
             tokenizer.require_lossless(document.text, ids)
             num_tokens += len(ids)

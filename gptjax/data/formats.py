@@ -38,6 +38,16 @@ class Problem(NamedTuple):
     message: str
     expected: bool = False
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is about the rest of a file, not about one line of it."""
+        return "files" in self.reason.split()
+
+    @property
+    def lacks_field(self) -> bool:
+        """Whether another name of the field that holds the text may help."""
+        return self.reason.endswith("without text field")
+
 
 def read(path: Path, text_field: str, is_named: bool) -> Iterator[Document | Problem]:
     """The documents of a file, and what in it is none.
@@ -47,9 +57,9 @@ def read(path: Path, text_field: str, is_named: bool) -> Iterator[Document | Pro
         is_named: whether the user named this very file, so that its emptiness is a fault.
 
     Raises:
-        UserError: a package that this format needs is missing, or a parquet file lacks the column.
+        UserError: a package that this format needs is missing.
     """
-    form = Path(path.name.removesuffix(".gz").removesuffix(".zst")).suffix.lower()
+    form = Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
     readers = {".jsonl": _read_lines, ".parquet": _read_parquet}
     nothing = True
     try:
@@ -65,7 +75,7 @@ def read(path: Path, text_field: str, is_named: bool) -> Iterator[Document | Pro
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    match path.suffix:
+    match path.suffix.lower():
         case ".gz":
             stream = gzip.open(path, "rb")  # noqa: SIM115 -- closed below
         case ".zst":
@@ -158,15 +168,14 @@ def _read_line(line: bytes, text_field: str, origin: str) -> Document | Problem:
         return Problem("broken lines", f"{origin} holds a JSON {type(record).__name__}, not an object")
     if text_field not in record:
         fields = ", ".join(record) or "none"
-        return Problem(
-            "lines without text field", f"{origin} has no field {text_field!r} (data.text_field), but {fields}"
-        )
+        return Problem("lines without text field", f"{origin} has no field {text_field!r}, but {fields}")
     return _text_of_field(record[text_field], text_field, origin)
 
 
 def _text_of_field(text: object, text_field: str, origin: str) -> Document | Problem:
     if not isinstance(text, str):
-        return Problem("lines without text", f"{origin}: field {text_field!r} is a {type(text).__name__}, not a text")
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        return Problem("lines without text", f"{origin}: field {text_field!r} is {kind}, not a text")
     if _SURROGATE.search(text):
         return Problem("broken lines", f"{origin}: field {text_field!r} holds half a surrogate pair, which is no text")
     return Document(text, origin) if text.strip() else Problem("empty lines", f"{origin} is empty", expected=True)
@@ -174,14 +183,14 @@ def _text_of_field(text: object, text_field: str, origin: str) -> Document | Pro
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Document | Problem]:
     pyarrow = _pyarrow()
-    if path.suffix != ".parquet":
+    if path.suffix.lower() != ".parquet":
         yield Problem("unreadable files", f"{path} is compressed outside, but parquet is inside: unpack it")
         return
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             if text_field not in names:
-                reason = f"{path} has no field {text_field!r} (data.text_field), but {', '.join(names) or 'none'}"
+                reason = f"{path} has no field {text_field!r}, but {', '.join(names) or 'none'}"
                 yield Problem("files without text field", reason)
                 return
             row = 0

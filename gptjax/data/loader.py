@@ -1,7 +1,7 @@
 """Rows of tokens in training order and in file order. Legend: B batch, T tokens."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -44,12 +44,35 @@ class TokenRows:
         return np.asarray(self._tokens[start : start + self._context_length + 1], np.int32)
 
 
+class Share(NamedTuple):
+    """What a process reads of every batch."""
+
+    rows: np.ndarray
+    """Numbers of the rows within the batch, in order."""
+    batch_size: int
+
+
+class _Shared:
+    """The rows of a share in an endless order, as Grain reads them."""
+
+    def __init__(self, order: grain.MapDataset, share: Share, position: int):
+        self._order, self._share, self._position = order, share, position
+
+    def __len__(self) -> int:
+        return (len(self._order) - self._position) // self._share.batch_size * len(self._share.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch, row = divmod(index, len(self._share.rows))
+        return self._order[self._position + batch * self._share.batch_size + int(self._share.rows[row])]
+
+
 class RowStream:
     """Rows in training order, without end: of each source every epoch all rows once, in an order of its own.
 
     Where there are several sources, rows are drawn from them in proportion to their weights. The order is a function
     of rows, weights and seed alone, and `position`, the rows taken so far, is the whole state: a stream made with it
-    goes on where this one stands, whatever its threads have read ahead.
+    goes on where this one stands, whatever its threads have read ahead. Of several processes each reads a share of
+    the rows, and the order of all rows together does not depend on how many they are.
     """
 
     def __init__(
@@ -59,22 +82,29 @@ class RowStream:
         position: int = 0,
         *,
         weights: Sequence[float] = (),
+        share: Share | None = None,
         num_threads: int = 2,
         prefetch_rows: int = 128,
     ):
-        """Start at `position`. `weights` has one number for each source; one source needs none."""
-        self.position = position
+        """Start at `position`. `weights` has one number for each source; one source needs none.
+
+        Args:
+            share: rows of each batch that are read; None: all. `position` is a multiple of the batch.
+        """
+        self.position, self._share = position, share or Share(np.zeros(1, int), 1)
         # Repeated before any batch is cut, so that no epoch loses its tail.
         orders = [
             grain.MapDataset.source(rows).seed(seed + number).shuffle().repeat() for number, rows in enumerate(sources)
         ]
         order = grain.MapDataset.mix(orders, weights=weights) if len(orders) > 1 else orders[0]
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_rows)
-        self._iterator = iter(order[position:].to_iter_dataset(options))
+        mine = order[position:] if share is None else grain.MapDataset.source(_Shared(order, share, position))
+        self._iterator = iter(mine.to_iter_dataset(options))
 
     def take(self, num_rows: int) -> np.ndarray:
-        """The next rows, int32 [num_rows, T+1]."""
-        rows = np.stack([next(self._iterator) for _ in range(num_rows)])
+        """Of the next `num_rows`, a multiple of the batch, those of this share, int32 [rows, T+1]."""
+        batches = num_rows // self._share.batch_size
+        rows = np.stack([next(self._iterator) for _ in range(batches * len(self._share.rows))])
         self.position += num_rows
         return rows
 
@@ -83,14 +113,20 @@ class RowStream:
         self._iterator.close()
 
 
-def evaluation_rows(rows: TokenRows, batch_size: int, limit: int) -> Iterator[tuple[np.ndarray, int]]:
+def evaluation_rows(
+    rows: TokenRows, batch_size: int, limit: int, share: Share | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
     """`limit` rows (0: all), evenly spaced in file order, as batches int32 [B, T+1] and how many of their rows count.
 
     The last batch is filled up by repeating its last row, so that all have one shape.
+
+    Args:
+        share: rows of each batch that are read; None: all.
     """
+    mine = range(batch_size) if share is None else share.rows
     total = min(limit, len(rows)) if limit else len(rows)
     chosen = [number * len(rows) // total for number in range(total)]
     for start in range(0, total, batch_size):
         batch = chosen[start : start + batch_size]
         filled = batch + batch[-1:] * (batch_size - len(batch))
-        yield np.stack([rows[row] for row in filled]), len(batch)
+        yield np.stack([rows[filled[number]] for number in mine]), len(batch)

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -81,9 +81,7 @@ def prepare(
     fingerprint = _fingerprint(data, tokenizer)
     folder = Path(out_dir) if out_dir else Path(data.prepared_dir, f"{_name(data)}-{fingerprint[:12]}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever comes second waits, and finds the data made; a killed process holds no lock.
-        with FileLock(folder.parent / f".{folder.name}.lock"):
+        with _locked(folder):
             if (folder / INDEX_FILE).is_file():
                 prepared = open_prepared(folder)
                 if prepared.index.fingerprint == fingerprint:
@@ -152,6 +150,34 @@ def _fingerprint(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> st
 def _name(data: DataConfig) -> str:
     stem = Path(data.path[0].removesuffix("://")).stem
     return re.sub(r"[^\w-]+", "_", stem).strip("_") or "data"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Whoever comes second waits, and finds the data made; a killed process holds no lock. Nothing is left behind: no
+    lock, and after an error no parent of the folder that was not there before."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    while not lock.is_locked:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # who had the lock has just removed the parent that it had made
+            lock.acquire()
+    try:
+        yield
+    except BaseException:
+        _unlock(lock)
+        for parent in made:
+            with suppress(OSError):  # somebody else has put something there
+                parent.rmdir()
+        raise
+    _unlock(lock)
+
+
+def _unlock(lock: FileLock) -> None:
+    """Remove the file while it is still locked: whoever waits for it sees that it is gone, and locks a new one."""
+    with suppress(OSError):  # Windows removes no open file
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 @contextmanager

@@ -69,7 +69,9 @@ def source_files(data: DataConfig) -> list[SourceFile]:
     return [file for entry in data.path for file in _files_of_entry(entry)]
 
 
-def read_documents(data: DataConfig, skipped: Counter[str]) -> Iterator[Document]:
+def read_documents(
+    data: DataConfig, skipped: Counter[str], *, text_field_option: str = "--data.text-field", can_skip: bool = True
+) -> Iterator[Document]:
     """The documents of `data.path`, lazily and always in the same order; long ones in pieces.
 
     Memory holds a megabyte or so of a text file, of `.jsonl` one line, of `.parquet` some rows.
@@ -77,19 +79,26 @@ def read_documents(data: DataConfig, skipped: Counter[str]) -> Iterator[Document
     Args:
         skipped: counts what is left out, by reason. Files of the standard library that are no UTF-8 and
             empty ones in a folder always are; broken ones are under `data.on_error` "skip".
+        text_field_option: how the user of the command at hand writes `data.text_field`.
+        can_skip: whether that command has `data.on_error`.
 
     Raises:
         UserError: what cannot be read, by file and, in `.jsonl` and `.parquet`, line or row.
     """
-    for file in source_files(data):
+    files, found = source_files(data), False
+    for file in files:
         lenient = data.on_error == "skip" or file.entry == STDLIB
         for item in formats.read(file.path, data.text_field, file.is_named):
             if isinstance(item, Document):
+                found = True
                 yield item
             elif item.expected or lenient:
                 skipped[item.reason] += 1
             else:
-                raise UserError(f"{item.message} (--data.on-error skip leaves such out)")
+                remedies = [f"{text_field_option} NAME reads another"] * item.lacks_field
+                if can_skip and (found or file != files[-1] or not item.is_file):  # else nothing would be left
+                    remedies.append("--data.on-error skip leaves such out")
+                raise UserError(item.message + (f" ({'; '.join(remedies)})" if remedies else ""))
 
 
 def source_fingerprint(data: DataConfig) -> str:

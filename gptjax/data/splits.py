@@ -80,8 +80,9 @@ def choose_split(documents: Iterable[Document], data: DataConfig) -> Split:
     if not 0 < train < total:
         unit = "documents" if rule == "hash" else "characters"
         raise UserError(
-            f"the split by {rule} gives {train} of {total} {unit} to train and {total - train} to validation; "
-            f"change data.validation_fraction {data.validation_fraction:g}, data.split or the data"
+            f"data.path {' '.join(data.path)}: the split by {rule} gives {train} of {total} {unit} to train and "
+            f"{total - train} to validation; change data.validation_fraction {data.validation_fraction:g}, data.split "
+            "or the data"
         )
     return split
 

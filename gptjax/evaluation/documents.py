@@ -1,6 +1,6 @@
 """How well a model predicts whole documents: sliding windows, the loss of each document and at each position.
 
-Shape suffixes: B windows of a batch, T tokens of a window, V vocabulary.
+Shape suffixes: B windows of a batch, T tokens of a window and the one before it, V vocabulary.
 """
 
 import functools
@@ -44,7 +44,8 @@ class Evaluation(NamedTuple):
 
     documents: list[DocumentLoss]
     nats_T: np.ndarray
-    """Sum of the losses of tokens with so many tokens before them in their window, the end-of-text token included."""
+    """Sum of the losses of tokens with 0, 1, 2, ... tokens before them in their window, the end-of-text token
+    included. The first that a window predicts has 1; none has 0."""
     tokens_T: np.ndarray
     """How many those are."""
     stride: int
@@ -87,7 +88,8 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
     for document in documents:
         piece = tokenizer.encode(document.text)
         tokenizer.require_lossless(document.text, piece)
-        ids, num_bytes = ids + piece, num_bytes + len(document.text.encode())
+        ids.extend(piece)
+        num_bytes += len(document.text.encode())
         if document.last:
             yield TokenizedDocument(document.origin, ids, num_bytes)
             ids, num_bytes = [], 0
@@ -137,7 +139,7 @@ def evaluate_documents(
         raise UserError(f"a stride of {stride} is not between 1 and the window's {length} tokens: it leaves some out")
     weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
     losses: list[DocumentLoss] = []
-    nats_T, tokens_T = np.zeros(length), np.zeros(length, int)
+    nats_T, tokens_T = np.zeros(length + 1), np.zeros(length + 1, int)
 
     def rows() -> Iterator[tuple[int, Window, np.ndarray]]:
         for number, document in enumerate(documents):
@@ -150,9 +152,10 @@ def evaluate_documents(
         tokens_BT = np.full((batch_size, length + 1), separator, np.int32)
         for row, (_, _, tokens) in enumerate(batch):
             tokens_BT[row, : len(tokens)] = tokens
-        nll_BT = np.asarray(_token_losses(config, weights, sharding.put_batch(tokens_BT)), np.float64)
+        nll_BT = np.zeros(tokens_BT.shape)
+        nll_BT[:, 1:] = _token_losses(config, weights, sharding.put_batch(tokens_BT))
         for nll_T, (number, window, _) in zip(nll_BT, batch, strict=False):
-            scored = slice(window.scored - window.start, window.stop - window.start)
+            scored = slice(1 + window.scored - window.start, 1 + window.stop - window.start)
             losses[number] = losses[number]._replace(nats=losses[number].nats + nll_T[scored].sum())
             nats_T[scored] += nll_T[scored]
             tokens_T[scored] += 1

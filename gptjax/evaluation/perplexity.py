@@ -43,6 +43,7 @@ def evaluate(
     batches: Iterable[tuple[np.ndarray, int]],
     token_bytes_V: np.ndarray,
     separator: int | None = None,
+    batch_size: int | None = None,
 ) -> Perplexity:
     """Predict every label of the batches once, each row on its own, under the current mesh.
 
@@ -50,11 +51,12 @@ def evaluate(
         batches: (B, T+1) int32 token ids, with the number of rows that count: the last batch is filled up.
         token_bytes_V: UTF-8 bytes that each token stands for.
         separator: the token between documents that do not see each other; None: they do.
+        batch_size: B, where a process has only its rows of the batches; None: they are whole.
     """
     weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
-    token_bytes = sharding.reshard(jnp.asarray(token_bytes_V, jnp.int32), "features")
+    token_bytes = np.asarray(token_bytes_V, np.int32)
     sums = [  # dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64
-        _sums(config, weights, sharding.put_batch(tokens_BT), num_rows, token_bytes, separator)
+        _sums(config, weights, sharding.put_batch(tokens_BT, batch_size), num_rows, token_bytes, separator)
         for tokens_BT, num_rows in batches
     ]
     nats, num_tokens, num_bytes = np.sum([[float(x) for x in batch] for batch in sums], axis=0)

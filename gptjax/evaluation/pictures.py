@@ -22,6 +22,12 @@ MAX_TOKENS = 64
 """More do not fit a picture: their labels could not be read."""
 MAX_PANELS = 192
 """Heads of a picture."""
+CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei"),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Arial Unicode MS"),
+    *("Noto Sans CJK JP", "Droid Sans Fallback"),
+)
+"""Fonts with Chinese characters; the first that is installed is used where matplotlib's own has none."""
 
 
 def plot_attention(
@@ -42,11 +48,7 @@ def plot_attention(
     labels = [_drawable(label) for label in labels]
     num_heads, T = weights_LNTS.shape[1], len(labels)
     require_fits(T)
-    if len(layers) * num_heads > MAX_PANELS:
-        raise UserError(
-            f"{len(layers)} layers of {num_heads} heads are {len(layers) * num_heads} panels, more than the "
-            f"{MAX_PANELS} that fit a picture; choose at most {max(1, MAX_PANELS // num_heads)} with --layer"
-        )
+    require_panels(len(layers), num_heads)
     side = max(1.6, 0.13 * T)
     figure = _figure(num_heads * side + 1.2, len(layers) * side + 0.9)
     axes = figure.subplots(len(layers), num_heads, squeeze=False)
@@ -63,9 +65,9 @@ def plot_attention(
             if row == 0:
                 panel.set_title(f"head {head}", fontsize=8)
             if row == len(layers) - 1:
-                panel.set_xticks(range(T), labels, rotation=90, fontsize=size)
+                panel.set_xticks(range(T), labels, rotation=90, fontsize=size, family=_fonts())
             if head == 0:
-                panel.set_yticks(range(T), labels, fontsize=size)
+                panel.set_yticks(range(T), labels, fontsize=size, family=_fonts())
                 panel.set_ylabel(f"layer {layer}", fontsize=8)
     bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, pad=0.01)
     marks = (0, 0.01, 0.1, 0.25, 0.5, 1)
@@ -103,8 +105,9 @@ def plot_logit_lens(
             dark = lens.probability_LT[layer, t] < 0.6
             text = _drawable(predicted_LT[layer][t])
             text = text if len(text) <= 9 else text[:8] + "…"
-            axes.text(t, layer, text, ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
-    axes.set_xticks(range(T), labels, rotation=60, ha="right", fontsize=7)
+            place = {"ha": "center", "va": "center", "fontsize": 6.5, "family": _fonts()}
+            axes.text(t, layer, text, color="white" if dark else "black", **place)
+    axes.set_xticks(range(T), labels, rotation=60, ha="right", fontsize=7, family=_fonts())
     axes.set_yticks(range(L), [f"after layer {layer}" for layer in layers or range(L)], fontsize=7)
     axes.set_title("the next token that each layer would predict, and its probability", fontsize=9)
     figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
@@ -112,7 +115,11 @@ def plot_logit_lens(
 
 
 def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.PathLike | None = None) -> "Figure":
-    """Loss in nats a token against the number of tokens before, one line for each name; None is unknown.
+    """Loss in nats a token against the number of tokens before, one line for each name.
+
+    Args:
+        losses: by name the loss with 0, 1, 2, ... tokens before; None is unknown, as the first always is.
+        path: where to write the figure as well.
 
     Raises:
         UserError: matplotlib is missing.
@@ -120,7 +127,7 @@ def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.
     figure = _figure(7, 4.2)
     axes = figure.add_subplot(xlabel="tokens before, in the window", ylabel="loss (nats per token)")
     for name, values in losses.items():
-        points = [(1 + t, value) for t, value in enumerate(values) if value is not None]
+        points = [(t, value) for t, value in enumerate(values) if value is not None]
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.legend(frameon=False)
@@ -129,13 +136,39 @@ def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.
     return _saved(figure, path)
 
 
-def require_fits(num_tokens: int) -> None:
+def require_fits(num_tokens: int, context_length: int = MAX_TOKENS) -> None:
     """
     Raises:
-        UserError: more tokens than fit a picture.
+        UserError: more tokens than fit a picture, or the context of the model.
     """
-    if num_tokens > MAX_TOKENS:
-        raise UserError(f"the text has {num_tokens} tokens, more than the {MAX_TOKENS} that fit a picture; shorten it")
+    if num_tokens > min(MAX_TOKENS, context_length):
+        which = "that fit a picture" if context_length >= MAX_TOKENS else "of the model's context"
+        raise UserError(
+            f"the text has {num_tokens} tokens, more than the {min(MAX_TOKENS, context_length)} {which}; shorten it"
+        )
+
+
+def require_panels(num_layers: int, num_heads: int) -> None:
+    """
+    Raises:
+        UserError: more heads than fit a picture.
+    """
+    panels = num_layers * num_heads
+    if panels > MAX_PANELS:
+        raise UserError(
+            f"{num_layers} layers of {num_heads} heads are {panels} panels, more than the {MAX_PANELS} that fit a "
+            f"picture; choose at most {max(1, MAX_PANELS // num_heads)} with --layer"
+        )
+
+
+def require_picture(path: str | os.PathLike) -> None:
+    """
+    Raises:
+        UserError: matplotlib is missing, or it draws no picture of this file's kind.
+    """
+    kinds = _figure(1, 1).canvas.get_supported_filetypes()
+    if os.path.splitext(path)[1].removeprefix(".").lower() not in kinds:
+        raise UserError(f"{path} names no kind of picture; its name may end in .{', .'.join(sorted(kinds))}")
 
 
 def require_matplotlib() -> None:
@@ -156,13 +189,22 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 @functools.cache
-def _drawable(text: str) -> str:
-    """The text, with what matplotlib's own font cannot draw, such as Chinese, as the number of its character."""
+def _fonts() -> list[str]:
+    """matplotlib's own font, and one with Chinese characters where one is installed."""
     from matplotlib import font_manager
 
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *[name for name in CJK_FONTS if name in installed][:1]]
+
+
+@functools.cache
+def _drawable(text: str) -> str:
+    """The text, with what no font of `_fonts` can draw as the number of its character."""
+    from matplotlib import font_manager
+
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in _fonts()]
     # A dollar sign would start a formula.
-    shown = (c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in text)
+    shown = (c if any(font.get_char_index(ord(c)) for font in fonts) else f"U+{ord(c):04X}" for c in text)
     return "".join(shown).replace("$", r"\$")
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gptjax.config import ModelConfig
+from gptjax.config import MeshConfig, ModelConfig
 
 PEAK_BF16_FLOPS: dict[str, float] = {
     # Dense bfloat16 with float32 accumulation, from the vendors' data sheets, by JAX's exact `device_kind`.
@@ -116,6 +116,52 @@ def training_flops_per_token(config: ModelConfig, num_tokens: int | None = None)
         full += seen
         causal += (seen * (seen + 1) / 2 + (T - seen) * seen) / T  # mean over queries of min(position + 1, window)
     return FlopsPerToken(6 * weights, round(12 * N * H * full), round(12 * N * H * causal))
+
+
+class Traffic(NamedTuple):
+    """Bytes that one device gets from collectives, or of reduce-scatters puts in, in one micro-batch's passes."""
+
+    parameters: int
+    """All-gather of stored parameters, where fsdp or context split them: matrices of blocks for each pass anew."""
+    gradients: int
+    """All-reduce of gradients, where devices see different tokens (fsdp: with the slice after it a reduce-scatter)."""
+    activations: int
+    """All-reduce of activations, where tensor splits matrices: two for each block and pass."""
+    keys_values: int
+    """All-gather of keys and values in the forward pass, and as many bytes scattered in the backward pass."""
+
+
+def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
+    """What a training step of `batch_size` sequences sends with `remat` none, by these formulas.
+
+    With f = fsdp · context, t = tensor, c bytes of the compute type, R rows and S tokens of each on a device:
+
+    - parameters (f > 1): 2 c M/t + 4 v, of M weights in blocks' matrices and v norms and biases; the embedding
+      4 V D/t where it is looked up and c V D/t where it is the head (once, if both are float32); positions 4 T D.
+    - gradients (data · f > 1): c M/t + 4 v; embedding and head as above, each alone even if they are tied. Where both
+      rows and sequences are split, all but the table's twice: XLA adds up one dimension after the other.
+    - activations (t > 1): c R S D (4 L + 1), 4 R S D for the look-up and 12 R S for the loss.
+    - keys and values (context > 1): 2 c L R T K H / t.
+    """
+    D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, config.context_length
+    N, K, L, V = config.num_heads, config.resolved_num_kv_heads, config.num_layers, config.padded_vocab_size
+    t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
+    matrices = L * (2 * D * N * H + 2 * D * K * H + (3 if config.gated else 2) * D * F) // t
+    norm = D * (2 if config.norm == "layernorm" and config.norm_bias else 1)
+    stored = L * (2 * norm + 2 * D * config.bias) + (norm if config.norm_position == "pre" else 0)
+    whole = L * config.bias * (N * H + 2 * K * H + F * (2 if config.gated else 1)) // t
+    whole += (L * 2 * H if config.qk_norm else 0) + (V // t if config.head_bias else 0)
+    table, head = 4 * V * D // t, c * V * D // t
+    positions = 4 * T * D if config.positions == "learned" else 0
+    once = 0 if config.tie_embeddings and c == 4 else head
+    rows, tokens = batch_size // (mesh.data * mesh.fsdp), T // mesh.context
+    batch, split = mesh.data * mesh.fsdp > 1, mesh.context > 1
+    return Traffic(
+        2 * c * matrices + 4 * stored + table + once + positions if mesh.fsdp * mesh.context > 1 else 0,
+        (batch + split) * (c * matrices + 4 * (stored + whole) + head + positions) + (batch or split) * table,
+        rows * tokens * ((4 * L + 1) * c * D + 4 * D + 12) if t > 1 else 0,
+        2 * c * L * rows * T * K * H // t if split else 0,
+    )
 
 
 def peak_bandwidth(device_kind: str) -> float | None:

@@ -163,6 +163,7 @@ class Attention(nn.Module):
         """(B, T, N, H), (B, T, K, H) and (B, T, K, H): projected, normalized and rotated as the switches ask."""
         c, (B, T, _) = self.config, x_BTD.shape
         H = c.resolved_head_dim
+        x_BTD = sharding.fan_out(x_BTD, "heads")
 
         def project(name: str, num_heads: int, axis: str) -> jax.Array:
             y = Linear(num_heads * H, ("embed", axis), c.bias, c.initializer_std, name=name)(x_BTD)

@@ -35,7 +35,21 @@ from gptjax.parallel.precision import compute_dtype
 Params = Any
 """A plain dictionary of arrays: `embedding`, `positions`, `blocks`, `final_norm`, `head`, as the switches ask."""
 
-REMAT_POLICIES = {"full": None, "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+def _keep_all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: parameters that devices share are gathered again in the backward pass, or each
+    device would hold the whole model. What `fan_out` marks is only another name of its input, and JAX cannot keep it.
+    """
+    marked = any(x.sharding.spec.reduced for x in inputs)
+    gathered = primitive.name == "name" and parameters["name"] == sharding.GATHERED
+    return not (marked or gathered or primitive.name in ("reshard", "all_gather"))
+
+
+REMAT_POLICIES = {
+    "none": _keep_all_but_gathered,
+    "full": None,
+    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Block(nn.Module):
@@ -200,7 +214,7 @@ def apply_blocks(
         def apply(x_BTD: jax.Array, params: Params, key: jax.Array | None) -> jax.Array:
             return Block(config, window, parent=None).apply({"params": params}, x_BTD, place, dropout_key=key)[0]
 
-        if config.remat == "none":
+        if config.remat == "none" and sharding.num_shards("embed") == 1:
             return apply
         # Inside a scan nothing can be merged across iterations, so the barrier against it only costs.
         return jax.checkpoint(apply, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)

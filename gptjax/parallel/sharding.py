@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 TABLE: dict[str, str | tuple[str, ...] | None] = {
@@ -28,6 +29,9 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
     "ffn": "tensor",
     "vocab": "tensor",
 }
+
+GATHERED = "gathered"
+"""What `jax.checkpoint` knows gathered parameters by."""
 
 _whole_sequences = contextvars.ContextVar("whole_sequences", default=False)
 
@@ -73,8 +77,24 @@ def reshard(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def gather(parameter: jax.Array, *axes: str) -> jax.Array:
-    """A parameter as it is used: whole along `embed`, along which `fsdp` stores it in pieces."""
-    return reshard(parameter, *("features" if axis == "embed" else axis for axis in axes))
+    """A parameter as it is used: whole along `embed`, along which `fsdp` stores it in pieces.
+
+    It is named GATHERED, so that a backward pass may gather it again instead of keeping it.
+    """
+    whole = reshard(parameter, *("features" if axis == "embed" else axis for axis in axes))
+    return checkpoint_name(whole, GATHERED) if "embed" in axes and num_shards("embed") > 1 else whole
+
+
+def fan_out(x_BTD: jax.Array, axis: str) -> jax.Array:
+    """An activation that several products take, whose results are split along `axis`.
+
+    Their gradients are added on each device before devices add theirs up: one collective, where each product would
+    have its own.
+    """
+    if num_shards(axis) == 1:
+        return x_BTD
+    target = spec("batch", "sequence", "features")
+    return jax.sharding.reshard(x_BTD, P(*target, reduced={TABLE[axis]}))
 
 
 def balance(x: jax.Array, axis: int = 1) -> jax.Array:
@@ -116,10 +136,10 @@ def put_batch(tokens: np.ndarray, num_rows: int | None = None) -> jax.Array:
     if target is None:
         return jax.device_put(tokens)
     layout = jax.NamedSharding(jax.sharding.get_mesh(), target)
+    if layout.is_fully_addressable:
+        return jax.device_put(tokens, layout)
     *lead, held, length = tokens.shape
     num_rows = held if num_rows is None else num_rows
-    if held == num_rows:
-        return jax.device_put(tokens, layout)
     rows = local_rows(num_rows)
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:

@@ -39,6 +39,8 @@ class Tokenizer(Protocol):
 
     def token_bytes(self) -> list[bytes]: ...
 
+    def require_lossless(self, text: str, ids: Sequence[int]) -> None: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
@@ -72,7 +74,8 @@ def generate(
     """Continue all prompts in one batch. Repeat a prompt to get several samples of it.
 
     Raises:
-        UserError: a prompt leaves no room in the context, or model, tokenizer and sampling do not fit.
+        UserError: a prompt leaves no room in the context, the tokenizer loses some of it, or model, tokenizer and
+            sampling do not fit.
     """
     chunks, rows = _start_texts(config, params, tokenizer, prompts, sampling, CHUNK_TOKENS)
     texts = [""] * len(rows)
@@ -126,6 +129,8 @@ def _start_texts(
         )
     token_bytes = tokenizer.token_bytes()
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        tokenizer.require_lossless(prompt, ids)
     # Byte-level BPE hangs a space on the word after it, so that the model has hardly seen a word after a lone
     # space. A prompt that ends in one is continued, from before it, by a token that begins with it.
     begins_V = np.zeros(config.padded_vocab_size, bool)

@@ -49,8 +49,9 @@ def axes(mesh: MeshConfig) -> str:
 def _epochs(
     sources: dict[str, TokenRows], weights: Sequence[float], sequences: int, context_length: int
 ) -> Iterator[str]:
-    for (name, rows), weight in zip(sources.items(), weights, strict=True):
-        share = weight / sum(weights)
+    relative = [weight / max(weights) for weight in weights]  # the sum of the weights themselves may overflow
+    for (name, rows), weight in zip(sources.items(), relative, strict=True):
+        share = weight / sum(relative)
         epochs = share * sequences / len(rows)
         yield f"  {100 * share:.3g} % from {name}: {len(rows) * context_length:,} tokens, {epochs:.2g} epochs"
 

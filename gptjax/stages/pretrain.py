@@ -3,29 +3,26 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
-import orbax.checkpoint as ocp
 
 from gptjax.config import Config, DataConfig, to_dict
-from gptjax.data.loader import RowStream, TokenRows, evaluation_rows
+from gptjax.data.loader import RowStream, TokenRows
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import PreparedData, TokenArray
 from gptjax.errors import UserError
-from gptjax.evaluation.perplexity import evaluate
 from gptjax.model.accounting import mfu, parameter_counts, peak_flops, training_flops_per_token
 from gptjax.model.gpt import GPT
+from gptjax.parallel import distributed
+from gptjax.parallel.launch import DistributedConfig
 from gptjax.parallel.mesh import make_mesh
 from gptjax.resolve import memory_bytes, refit_mesh, resolve, resolve_mesh
-from gptjax.sampling.config import SamplingConfig
-from gptjax.sampling.generate import generate
-from gptjax.stages import messages
+from gptjax.stages import callbacks, messages
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.ledger import Ledger
@@ -41,24 +38,31 @@ from gptjax.training.step import TrainStep, make_train_step
 from gptjax.training.summary import read_summary, summarize
 
 
-def train(config: Config, *, name: str = "run", console: Console | None = None) -> dict[str, Any]:
+def train(
+    config: Config, *, name: str = "run", console: Console | None = None, launch: DistributedConfig | None = None
+) -> dict[str, Any]:
     """Train a model on the text of `data.path`, or continue the run in `run_dir` exactly where it stood.
 
     Args:
         config: fields left None are derived; `run_dir` None takes the next free name under `runs/`.
         name: what a new run is called after.
-        console: where progress is shown; standard output by default.
+        console: where progress is shown; standard output by default. Of several processes the first alone shows it.
+        launch: how this process finds others to train with, before JAX is used; None: it is alone, or connected.
 
     Returns:
-        What the run's `summary.json` holds.
+        What the run's `summary.json` holds; of several processes, on all but the first only `stopped` and `step`.
 
     Raises:
         UserError: configuration, data or the run's folder do not fit; before anything is compiled, and
             without changing what is there.
     """
-    directory = Path(config.run_dir) if config.run_dir else run_dir.next_run_dir(name)
-    config = _with_absolute_paths(dataclasses.replace(config, run_dir=str(directory)))
-    with console or Console() as console:
+    config = _with_absolute_paths(config)
+    if launch is not None:
+        distributed.connect(launch, _card(config))
+    chosen = config.run_dir or str(run_dir.next_run_dir(name))
+    directory = Path(distributed.gather_text(chosen)[0])  # where all look for a free name, the first decides
+    config = dataclasses.replace(config, run_dir=str(directory))
+    with console or _console() as console:
         continued = (directory / run_dir.CONFIG_FILE).is_file()
         if continued:
             config = _merge_with_saved(config, directory, console)
@@ -70,12 +74,14 @@ def train(config: Config, *, name: str = "run", console: Console | None = None) 
         config = _with_mesh(config, console)
         require_packages(config.training.log_to)
         with run_dir.writable(directory):
+            distributed.check_shared(directory)
             if config.data.path == DataConfig().path:
                 console.message("no --data.path: training on the source code of Python's standard library")
             # A run keeps the tokenizer that it was given, wherever the file is by now.
             kept = continued and config.tokenizer.path
             tokenizer = Tokenizer.load(directory / run_dir.TOKENIZER_FILE) if kept else config.tokenizer
-            data = prepare(config.data, tokenizer, log=console.message)
+            with distributed.first_then_others():
+                data = prepare(config.data, tokenizer, log=console.message)
             if continued:
                 _check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
@@ -94,27 +100,30 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         ExitStack() as opened,
     ):
         state, progress, seconds_before = _start(model, optimizer, config, directory, data)
-        # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
-        run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
-        run_dir.save_config(directory, config, run_dir.environment())
-        _cut_back(directory, progress.step)
-        loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
+        loggers: Sequence[Logger] = ()
+        if distributed.is_first():
+            # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
+            run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
+            run_dir.save_config(directory, config, run_dir.environment())
+            _cut_back(directory, progress.step)
+            loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
         console.message(messages.description(config, sources, held_out, progress))
         ledger = Ledger(before=seconds_before)
         weights, seed = config.data.weights, config.training.seed
-        stream = RowStream([*sources.values()], seed, progress.sequences, weights=weights)
-        callbacks = Callbacks(
-            report=_reporter(config, MetricsLog(directory / METRICS_FILE), loggers, console),
-            evaluate=_evaluator(config, held_out, data.tokenizer),
-            sample=_sampler(config, directory, data.tokenizer, console),
-            save=_saver(config, manager, data, ledger),
+        share = callbacks.share(config)
+        stream = RowStream([*sources.values()], seed, progress.sequences, weights=weights, share=share)
+        calls = Callbacks(
+            report=callbacks.reporter(config, MetricsLog(directory / METRICS_FILE), loggers, console),
+            evaluate=callbacks.evaluator(config, held_out, data.tokenizer),
+            sample=callbacks.sampler(config, directory, data.tokenizer, console),
+            save=callbacks.saver(config, manager, data, ledger),
             should_stop=stop,
         )
-        _make_up_evaluation(config, directory, state, progress, callbacks)
+        _make_up_evaluation(config, directory, state, progress, calls)
         try:
             state, progress = fit(
                 *(config, state, progress, _compile_step(config, model, optimizer, data.tokenizer)),
-                *(stream, callbacks, ledger),
+                *(stream, calls, ledger),
                 mfu_per_token_rate=_mfu_per_token_rate(config),
             )
             stopped = stop.outcome or "finished"
@@ -127,11 +136,23 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
             manager.wait_until_finished()
     if progress.step == config.training.steps and stopped != "diverged":
         stopped = "finished"
+    if not distributed.is_first():
+        return {"stopped": stopped, "step": progress.step}
     summary = summarize(directory, stopped, progress, ledger, parameter_counts(config.model)["total"])
     run_dir.write_json(directory / run_dir.SUMMARY_FILE, summary)
     console.close()
     console.message(messages.closing(summary, directory, config))
     return summary
+
+
+def _card(config: Config) -> dict[str, Any]:
+    """What must be the same on all processes of a run, before any of them starts JAX."""
+    folder = os.path.abspath(config.run_dir or "runs")
+    return {"configuration": to_dict(config), "folder": folder} | run_dir.software()
+
+
+def _console() -> Console:
+    return Console() if distributed.is_first() else Console(open(os.devnull, "w", encoding="utf-8"))
 
 
 def _merge_with_saved(config: Config, directory: Path, console: Console) -> Config:
@@ -164,7 +185,7 @@ def _with_mesh(config: Config, console: Console) -> Config:
     devices = jax.devices()
     # The vocabulary is not known before the data is.
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
-    memory = memory_bytes(devices[0])
+    memory = memory_bytes(jax.local_devices()[0])
     mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory)
     if len(devices) > 1:
         console.message(f"mesh {messages.axes(mesh)}: {reason}")
@@ -179,7 +200,13 @@ def _with_mesh(config: Config, console: Console) -> Config:
 
 def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
     """A sample that fails at the first interval would cost the steps before it."""
-    num_tokens = len(tokenizer.encode(config.training.sample_prompt))
+    prompt = config.training.sample_prompt
+    try:
+        ids = tokenizer.encode(prompt)
+        tokenizer.require_lossless(prompt, ids)
+    except UserError as error:
+        raise UserError(f"training.sample_prompt {prompt!r}: {error}") from None
+    num_tokens = len(ids)
     if num_tokens >= config.model.context_length:
         raise UserError(
             f"training.sample_prompt has {num_tokens} tokens, which leaves none of model.context_length "
@@ -243,18 +270,15 @@ def _cut_back(directory: Path, step: int) -> None:
 
 
 def _make_up_evaluation(
-    config: Config, directory: Path, state: TrainState, progress: Progress, callbacks: Callbacks
+    config: Config, directory: Path, state: TrainState, progress: Progress, calls: Callbacks
 ) -> None:
     """Evaluate the restored step if the run was told to stop at it, just before its evaluation."""
     if progress.step == 0 or not is_due(config.training.eval_every_steps, progress.step, config.training.steps):
         return
-    records = read_metrics(directory / METRICS_FILE)
-    if not any(record["step"] == progress.step and "val_loss" in record for record in records):
-        callbacks.report({"step": progress.step, "tokens": progress.tokens, **callbacks.evaluate(state)})
-
-
-def _separator(config: Config, tokenizer: Tokenizer) -> int | None:
-    return tokenizer.end_of_text_id if config.data.separate_documents else None
+    records = read_metrics(directory / METRICS_FILE) if distributed.is_first() else []
+    found = any(record["step"] == progress.step and "val_loss" in record for record in records)
+    if not distributed.gather_text("evaluated" if found else "")[0]:
+        calls.report({"step": progress.step, "tokens": progress.tokens, **calls.evaluate(state)})
 
 
 def _compile_step(
@@ -263,7 +287,7 @@ def _compile_step(
     c, training = config.model, config.training
     drops = c.embedding_dropout or c.attention_dropout or c.residual_dropout
     return make_train_step(
-        language_model_loss(model, training.z_loss, _separator(config, tokenizer)),
+        language_model_loss(model, training.z_loss, callbacks.separator(config, tokenizer)),
         optimizer,
         compute_dtype=c.compute_dtype,
         dropout_seed=training.seed if drops else None,
@@ -276,66 +300,3 @@ def _mfu_per_token_rate(config: Config) -> float | None:
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind, config.model.compute_dtype)
     return mfu(1.0, training_flops_per_token(config.model).total, jax.device_count(), peak)
-
-
-def _reporter(
-    config: Config, log: MetricsLog, loggers: Sequence[Logger], console: Console
-) -> Callable[[dict[str, Any]], None]:
-    def report(metrics: dict[str, Any]) -> None:
-        log.write(metrics)
-        for logger in loggers:
-            logger.log(metrics)
-        if "val_loss" in metrics:
-            console.log_evaluation(metrics)
-            return
-        console.log(metrics, config.training.steps)
-
-    return report
-
-
-def _evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callable[[TrainState], dict[str, float]]:
-    token_bytes = np.array([len(raw) for raw in tokenizer.token_bytes()])
-    batch_size, limit = config.training.resolved_micro_batch_size, config.training.eval_sequences
-
-    def evaluate_state(state: TrainState) -> dict[str, float]:
-        batches = evaluation_rows(rows, batch_size, limit)
-        found = evaluate(config.model, state.params, batches, token_bytes, _separator(config, tokenizer))
-        return {
-            "val_loss": found.nats_per_token,
-            "val_bits_per_byte": found.bits_per_byte,
-            "val_perplexity": found.perplexity,
-        }
-
-    return evaluate_state
-
-
-def _sampler(
-    config: Config, directory: Path, tokenizer: Tokenizer, console: Console
-) -> Callable[[TrainState, Progress], None]:
-    training = config.training
-    sampling = SamplingConfig(max_tokens=training.sample_tokens, temperature=0.7, top_p=0.95, seed=training.seed)
-
-    def sample(state: TrainState, progress: Progress) -> None:
-        (completion,) = generate(config.model, state.params, tokenizer, [training.sample_prompt], sampling)
-        text = completion.prompt + completion.text
-        with (directory / run_dir.SAMPLES_FILE).open("a", encoding="utf-8") as file:
-            file.write(f"## step {progress.step}\n\n```\n{text}\n```\n\n")
-        console.message(f"sample at step {progress.step}:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
-
-    return sample
-
-
-def _saver(
-    config: Config, manager: ocp.CheckpointManager, data: PreparedData, ledger: Ledger
-) -> Callable[[TrainState, Progress, dict[str, float] | None], None]:
-    def save(state: TrainState, progress: Progress, metrics: dict[str, float] | None) -> None:
-        metadata = {
-            "progress": progress._asdict(),
-            "seconds": ledger.seconds,
-            "data": data.index.content_fingerprint,
-            "config": to_dict(config),
-            "tokenizer": data.tokenizer.to_json(),
-        }
-        checkpoint.save(manager, progress.step, state, metadata, metrics)
-
-    return save

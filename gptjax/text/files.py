@@ -1,5 +1,6 @@
 """Tokenizers that a user brings, wherever they lie and however they are written."""
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -23,7 +24,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         path: the file, the folder, or one of GPT-2's `encoder.json` and `vocab.bpe`.
 
     Raises:
-        UserError: nothing is there, or no tokenizer from which text comes back as it was.
+        UserError: nothing is there, with the nearest that is, or no tokenizer from which text comes back as it was.
     """
     path = Path(path)
     if path.is_dir():
@@ -33,6 +34,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         if vocabulary is None:
             raise UserError(f"{path} holds no {TOKENIZER_FILE}, nor GPT-2's {GPT2_VOCABULARY} and {GPT2_MERGES}")
         return _load_gpt2(vocabulary, path / HUGGING_FACE_NAMES[vocabulary.name])
+    if not path.exists():
+        names = os.listdir(path.parent) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else f"nothing in {path.parent} is called so"
+        raise UserError(f"no tokenizer {path}: there is no such file or folder; {hint}")
     for vocabulary, merges in HUGGING_FACE_NAMES.items():
         if path.name in (vocabulary, merges):
             return _load_gpt2(path.with_name(vocabulary), path.with_name(merges))

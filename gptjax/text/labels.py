@@ -10,8 +10,5 @@ def token_label(raw: bytes, name: str = "") -> str:
     """
     if not raw:
         return name or "∅"
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError:
-        return "".join(f"\\x{byte:02x}" for byte in raw)
+    text = raw.decode(errors="backslashreplace")
     return "".join("␣" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in text)

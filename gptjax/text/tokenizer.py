@@ -166,11 +166,13 @@ class Tokenizer:
             UserError: the file is missing or no such tokenizer, or no special token ends a document.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            raw = Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"no tokenizer {path}: {error.strerror}") from error
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer.json: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path} is not a tokenizer.json: {_what_else(raw, Path(path), error)}") from error
         return cls.of_backend(backend, path)
 
     @classmethod
@@ -312,6 +314,22 @@ def _sentencepiece_bytes(token: str) -> bytes:
     if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
         return bytes.fromhex(match[1])
     return token.replace("▁", " ").encode()
+
+
+def _what_else(raw: bytes, path: Path, error: Exception) -> str:
+    """What a file that the library does not read is instead, and what helps."""
+    beside = path.with_name("tokenizer.json")
+    hint = f"; did you mean {beside}?" if beside.is_file() and beside != path else ""
+    try:
+        values = json.loads(raw)
+    except ValueError:
+        if path.suffix == ".model":
+            convert = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT) of transformers writes one"
+            return f"it is a model of SentencePiece, which has to be converted: {hint.removeprefix('; ') or convert}"
+        return f"it is no JSON, as the Hugging Face tokenizers library writes it{hint}"
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        return f"it has no vocabulary under 'model', where the Hugging Face tokenizers library writes it{hint}"
+    return " ".join(str(error).split())
 
 
 def _decoder_types(decoder: dict | None) -> list[str]:

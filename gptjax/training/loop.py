@@ -1,6 +1,7 @@
 """The training loop: feeds the compiled step and calls back at its intervals. It knows no stage.
 
-Shape suffixes: K steps of a dispatch, A accumulated micro-batches, B sequences of a micro-batch, T tokens.
+Shape suffixes: K steps of a dispatch, A accumulated micro-batches, B sequences of a micro-batch (on the host those
+that this process's devices need), T tokens.
 """
 
 import math
@@ -19,7 +20,7 @@ from gptjax.training.step import Metrics, TrainStep
 
 
 class Stream(Protocol):
-    """Rows in training order. `take(n)` gives the next n, (n, T+1) int32."""
+    """Rows in training order. `take(n)` gives those of the next n that this process needs, (rows, T+1) int32."""
 
     def take(self, n: int) -> np.ndarray: ...
 
@@ -145,15 +146,15 @@ def _next_batch(config: Config, stream: Stream, progress: Progress, num_steps: i
     training, T = config.training, config.model.context_length
     K, B = training.steps_per_dispatch, training.resolved_micro_batch_size
     A = training.batch_size // B
-    tokens_KABT = np.zeros((K, A, B, T + 1), np.int32)
+    tokens_KABT = np.zeros((K, A, len(sharding.local_rows(B)), T + 1), np.int32)
     counts_K, rates_K = np.zeros((K,), np.int32), np.zeros((K,), np.float32)
     for k in range(num_steps):
         size = batch_size(training, progress)
-        tokens_KABT[k, : size // B] = stream.take(size).reshape(-1, B, T + 1)
+        tokens_KABT[k, : size // B] = stream.take(size).reshape(size // B, -1, T + 1)
         counts_K[k] = size // B
         rates_K[k] = learning_rate(config.optimizer, progress)
         progress = progress.advance(size, T)
-    return {"tokens": sharding.put_batch(tokens_KABT)}, counts_K, rates_K, progress
+    return {"tokens": sharding.put_batch(tokens_KABT, B)}, counts_K, rates_K, progress
 
 
 class _History:

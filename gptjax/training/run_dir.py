@@ -113,7 +113,6 @@ def environment() -> dict[str, dict[str, Any]]:
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "devices": {
             "platform": device.platform,
             "device_kind": device.device_kind,
@@ -123,8 +122,13 @@ def environment() -> dict[str, dict[str, Any]]:
             "processor": processor_fingerprint(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         },
-        "source": _source_revision(),
-    }
+    } | software()
+
+
+def software() -> dict[str, dict[str, Any]]:
+    """`versions` and `source`, without starting JAX."""
+    versions = {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {"versions": versions, "source": _source_revision()}
 
 
 def _version(package: str) -> str | None:

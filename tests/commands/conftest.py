@@ -1,6 +1,9 @@
 """A small trained run for the commands that read one."""
 
+import shutil
+
 import pytest
+import tokenizers
 
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from gptjax.stages.pretrain import train
@@ -21,3 +24,14 @@ def run(tmp_path_factory):
     )
     train(config)
     return folder / "run"
+
+
+@pytest.fixture
+def losing_run(run, tmp_path):
+    """The same run with a tokenizer that writes everything small, which no run of ours has."""
+    folder = tmp_path / "losing"
+    shutil.copytree(run, folder)
+    backend = tokenizers.Tokenizer.from_file(str(run / "tokenizer.json"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder

@@ -8,7 +8,9 @@ import pytest
 
 from gptjax.commands import attention
 from gptjax.errors import UserError
-from gptjax.evaluation.pictures import plot_attention
+from gptjax.evaluation import pictures
+from gptjax.evaluation.inside import Lens
+from gptjax.evaluation.pictures import plot_attention, require_fits
 
 
 def test_every_head_is_drawn_and_numbers_are_given(run, tmp_path, capsys):
@@ -47,11 +49,10 @@ def test_logit_lens(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--text", "cat and dog " * 60], r"more than the 64 that fit a picture"),
+        (["--text", "cat and dog " * 60], r"tokens, more than the 32 of the model's context; shorten it"),
         (["--text", ""], "--text is empty"),
         (["--layer", "2"], "--layer 2: the model has layers 0 to 1"),
-        (["--out", "nowhere/a.png"], r"cannot write the picture nowhere.a\.png"),
-        (["--text", "xyz " * 12], "but must have 1 to 32, the context"),
+        (["--text", "xyz " * 12], "more than the 32 of the model's context"),
     ],
 )
 def test_refusals_are_one_line(run, arguments, message):
@@ -64,6 +65,57 @@ def test_without_matplotlib_its_extra_is_named(run, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "gptjax\[log\]"'):
         attention.main([str(run)])
+
+
+def test_the_number_of_tokens_that_is_named_works(run, tmp_path):
+    """The least of what fits the picture and of what fits the context."""
+    with pytest.raises(UserError) as error:
+        attention.main([str(run), "--text", "7" * 72])
+    assert "72 tokens, more than the 32 of" in str(error.value)
+    assert attention.main([str(run), "--text", "7" * 32, "--layer", "0", "--out", str(tmp_path / "a.svg")]) == 0
+    with pytest.raises(UserError, match="65 tokens, more than the 64 that fit a picture"):
+        require_fits(65, context_length=1024)
+    require_fits(64, context_length=1024)
+
+
+def test_two_kinds_of_picture_have_two_names(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert attention.main([str(run), "--text", "The"]) == 0
+    before = (tmp_path / "attention.png").read_bytes()
+    assert attention.main([str(run), "--text", "The", "--logit-lens"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["attention.png", "lens.png"]
+    assert (tmp_path / "attention.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [[], ["--logit-lens"]])
+def test_numbers_are_not_lost_with_the_picture(run, tmp_path, monkeypatch, options):
+    def fails(*arguments):
+        raise UserError("cannot draw")
+
+    monkeypatch.setattr(pictures, "plot_attention", fails)
+    monkeypatch.setattr(pictures, "plot_logit_lens", fails)
+    with pytest.raises(UserError, match="cannot draw"):
+        attention.main([str(run), "--json", str(tmp_path / "a.json"), "--out", str(tmp_path / "a.png"), *options])
+    assert json.loads((tmp_path / "a.json").read_text())["run"] == str(run)
+
+
+def test_a_font_with_the_characters_is_used_where_there_is_one(tmp_path, monkeypatch):
+    """Without one Chinese is numbers; with one, for which a font with signs stands that matplotlib's own lacks, it is
+    drawn, and no warning says that it was not."""
+    pictures._fonts.cache_clear(), pictures._drawable.cache_clear()
+    try:
+        monkeypatch.setattr(pictures, "CJK_FONTS", ())
+        assert pictures._drawable("⌒中") == "U+2312U+4E2D"
+        pictures._fonts.cache_clear(), pictures._drawable.cache_clear()
+        monkeypatch.setattr(pictures, "CJK_FONTS", ("No Such Font", "STIXGeneral", "cmr10"))
+        assert pictures._fonts() == ["DejaVu Sans", "STIXGeneral"]
+        assert pictures._drawable("a⌒中") == "a⌒U+4E2D"
+        figure = plot_attention(np.ones((1, 1, 1, 1)), ["⌒"], tmp_path / "a.png")
+        assert figure.axes[0].get_xticklabels()[0].get_text() == "⌒"
+        lens = Lens(np.zeros((1, 1), int), np.ones((1, 1)), np.zeros((1, 1)))
+        pictures.plot_logit_lens(lens, ["⌒"], [["⌒"]], tmp_path / "b.png")
+    finally:
+        pictures._fonts.cache_clear(), pictures._drawable.cache_clear()
 
 
 def test_too_many_panels_name_the_number_that_fits():

@@ -7,6 +7,8 @@ import pytest
 
 from gptjax.commands import evaluate
 from gptjax.errors import UserError
+from gptjax.evaluation import pictures
+from gptjax.evaluation.pictures import plot_positions
 
 
 def results(*arguments: str, capsys) -> list[dict]:
@@ -52,6 +54,37 @@ def test_tables_and_picture(run, tmp_path, capsys):
     assert f"{result['bits_per_byte']:.4f}" in printed
     assert "windows of 32 tokens, 16 apart" in printed
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_positions_are_counted_alike_everywhere(run, capsys):
+    """1 is the first that a window predicts, with one token before it: in the numbers, the table and the picture."""
+    (result,) = results(run, capsys=capsys)
+    losses, counts = result["nats_per_token_by_position"], result["tokens_by_position"]
+    assert len(losses) == len(counts) == 1 + 32
+    assert (losses[0], counts[0]) == (None, 0)
+    assert counts[1] == len(result["documents"]), "only the first window of a document predicts its first token"
+    assert evaluate._bins([result]) == ["1", "2-3", "4-7", "8-15", "16-31", "32"]
+    means = [*evaluate._by_bin(result, ["1", "2-3", "32"])]
+    between = (losses[2] * counts[2] + losses[3] * counts[3]) / (counts[2] + counts[3])
+    assert means == [f"{losses[1]:.3f}", f"{between:.3f}", f"{losses[32]:.3f}"]
+    (line,) = plot_positions({"run": losses}).axes[0].lines
+    assert [*map(tuple, line.get_xydata())] == [*enumerate(losses)][1:]
+
+
+def test_numbers_are_not_lost_with_the_picture(run, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise UserError("cannot draw")
+
+    monkeypatch.setattr(pictures, "plot_positions", fails)
+    with pytest.raises(UserError, match="cannot draw"):
+        evaluate.main([str(run), "--json", str(tmp_path / "a.json"), "--out", str(tmp_path / "a.png")])
+    assert json.loads((tmp_path / "a.json").read_text())["run"] == str(run)
+
+
+def test_another_field_is_suggested_by_this_commands_own_option(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
+    with pytest.raises(UserError, match=r"no field 'text', but body \(--text-field NAME reads another\)$"):
+        evaluate.main([str(run), "--data", str(tmp_path / "a.jsonl")])
 
 
 @pytest.mark.parametrize(

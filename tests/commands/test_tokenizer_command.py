@@ -1,6 +1,7 @@
 """`python -m gptjax tokenizer`, as called."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,13 +11,15 @@ from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
 from gptjax.text.files import load_tokenizer
 
+SOURCES = ("english.txt", "chinese.jsonl")
+
 
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "english.txt").write_text("The cat sat on the mat, and the mat was flat. " * 200)
     (tmp_path / "chinese.jsonl").write_text((json.dumps({"text": "床前明月光，疑是地上霜。"}) + "\n") * 50)
-    return ["english.txt", "chinese.jsonl"]
+    return list(SOURCES)
 
 
 def test_training_gives_the_tokenizer_that_prepare_would_train(sources, tmp_path, capsys):
@@ -44,10 +47,15 @@ def test_show_tells_kind_tokens_and_compression(run, sources, capsys):
     assert found["fingerprint"] == its_own.fingerprint
     assert found["token_ids"] == its_own.encode("The 猫\n")
     assert len(found["compression"]) == 2
+    assert found["special_tokens"] == its_own.special_token_ids
+    assert found["end_of_text"] == {"token": "<|endoftext|>", "id": 0}
+    assert len(found["longest_tokens"]) == 8
     assert tokenizer.main(["show", str(run), "--text", "The 猫\n"]) == 0
     printed = capsys.readouterr().out
     assert "|".join(found["tokens"]) in printed
     assert "end_of_text: <|endoftext|> (0)" in printed
+    assert "special_tokens: <|endoftext|>, <|im_start|>, " in printed
+    assert f"longest_tokens: {', '.join(found['longest_tokens'])}" in printed
 
 
 def test_the_measured_text_is_bounded(sources, capsys):
@@ -77,14 +85,29 @@ def _json(arguments, capsys) -> str:
         (["show", "nowhere.json"], "no tokenizer nowhere.json"),
         (["show", "english.txt"], "is not a tokenizer.json"),
         (["train", "english.txt", "--out", "."], "is a folder"),
-        (["train", "english.txt", "--out", "no/where.json"], "in none that exists"),
+        (["train", "english.txt", "--out", "no/where.json"], "in no, which is no folder that exists"),
+        (["train", "english.txt", "--tokenizer.path", "a.json"], r"tokenizer\.path a\.json .* makes a new one"),
+        (["train", *SOURCES, "--data.weights", "3", "1"], r"data\.weights is for training a model"),
+        (["train", *SOURCES, "--data.weights", "3"], r"data\.weights is for training a model"),
+        (["show", "byte.json", "--data", "other.jsonl"], r"but body \(--text-field NAME reads another\)$"),
         (["train", "missing.txt"], "missing.txt does not exist"),
     ],
 )
 def test_refusals_are_one_line(sources, arguments, message):
+    if "byte.json" in arguments:
+        _made(sources)
+        Path("other.jsonl").write_text('{"body": "a"}\n')
     with pytest.raises(UserError, match=message) as error:
         tokenizer.main(arguments)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_skipped_in_training_is_skipped_in_the_table(sources, capsys):
+    with open("chinese.jsonl", "a") as file:
+        file.write("broken\n")
+    options = ["--data.on-error", "skip", "--tokenizer.kind", "byte"]
+    _, chinese = json.loads(_json(["train", *sources, *options], capsys))["compression"]
+    assert chinese["bytes"] == 3 * 12 * 50
 
 
 def test_help_without_a_verb(capsys):

@@ -94,11 +94,33 @@ def test_broken_files_are_one_problem(tmp_path, name, content, message):
 
 def test_parquet_without_the_field_lists_the_fields(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", TEXTS, name="content")
-    with pytest.raises(UserError, match=r"has no field 'text' \(data.text_field\), but id, content"):
+    with pytest.raises(
+        UserError, match=r"has no field 'text', but id, content \(--data.text-field NAME reads another\)$"
+    ):
         prepare(DataConfig(path=(str(path),), prepared_dir=str(tmp_path)), TokenizerConfig(kind="byte"))
     assert [item.text for item in read(path, "content", is_named=True)] == TEXTS
     (problem, *_) = read(path, "id", is_named=True)
     assert "field 'id' is a int, not a text" in problem.message
+
+
+def test_a_missing_text_is_called_null(tmp_path):
+    """In both forms, not by the name of a type of Python's."""
+    write_parquet(tmp_path / "a.parquet", ["one", None])
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    for name in ("a.parquet", "a.jsonl"):
+        _, problem = read(tmp_path / name, "text", is_named=True)
+        assert problem.message == f"{tmp_path / name}:2: field 'text' is null, not a text"
+
+
+def test_suffixes_may_be_capitals(tmp_path):
+    write_parquet(tmp_path / "A.PARQUET", TEXTS)
+    assert texts(tmp_path / "A.PARQUET") == TEXTS
+    for suffix, compress in (("GZ", gzip.compress), ("Zst", zstandard)):
+        path = tmp_path / f"a.JSONL.{suffix}"
+        path.write_bytes(compress(LINES))
+        assert texts(path) == TEXTS
+    (tmp_path / "b.PARQUET.GZ").write_bytes(b"")
+    assert "unpack it" in next(read(tmp_path / "b.PARQUET.GZ", "text", is_named=True)).message
 
 
 @pytest.fixture

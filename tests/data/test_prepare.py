@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -166,7 +168,57 @@ def test_an_error_on_the_way_leaves_nothing_and_keeps_what_was(many, working_fol
     with pytest.raises(UserError, match=r"119.txt is not UTF-8"):
         quietly(many, out_dir="out")
     assert open_prepared("out", verify=True).index == before.index
-    assert sorted(p.name for p in working_folder.iterdir()) == [".out.lock", "many", "out"]
+    assert sorted(p.name for p in working_folder.iterdir()) == ["many", "out"]
+
+
+def test_a_refusal_leaves_no_folder_and_no_lock(many, working_folder):
+    """What was there stays; what it made itself goes, however deep."""
+    (working_folder / "many" / "119.txt").write_bytes(b"\xff")
+    (working_folder / "old").mkdir()
+    for out_dir in (None, "a/b/c", "old/c"):
+        with pytest.raises(UserError, match=r"119.txt is not UTF-8"):
+            quietly(many, out_dir=out_dir)
+    assert sorted(p.name for p in working_folder.rglob("*") if p.parent.name != "many") == ["many", "old"]
+
+
+def test_one_at_a_time_though_the_lock_is_removed(many, working_folder, monkeypatch):
+    """Four at once, of which the first is refused and takes lock and folder away: none builds beside another, one
+    builds, and the others find what it made."""
+    inside, most, builds = [], [], []
+    build, guard = preparing._build, threading.Lock()
+
+    def watched(*arguments):
+        with guard:
+            inside.append(1)
+            most.append(len(inside))
+            builds.append(1)
+            first = len(builds) == 1
+        try:
+            time.sleep(0.2)
+            if first:
+                raise UserError("refused")
+            build(*arguments)
+        finally:
+            with guard:
+                inside.pop()
+
+    monkeypatch.setattr(preparing, "_build", watched)
+    outcomes = []
+
+    def one():
+        try:
+            outcomes.append(quietly(many, out_dir="new/out")[1].split()[1])
+        except UserError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["built", "refused", "reused", "reused"]
+    assert max(most) == 1
+    assert [p.name for p in (working_folder / "new").iterdir()] == ["out"]
 
 
 def test_a_killed_prepare_leaves_nothing_that_looks_finished(many, working_folder):

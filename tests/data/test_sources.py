@@ -85,7 +85,7 @@ def test_missing_and_empty_sources_are_refused(corpus, path, message):
     [
         (b'{"text": "a"', r"x.jsonl:2 is not JSON: ", "broken lines"),
         (b'["a"]', r"x.jsonl:2 holds a JSON list, not an object", "broken lines"),
-        (b'{"body": "a", "id": 1}', r"x.jsonl:2 has no field 'text' \(data.text_field\), but body, id", None),
+        (b'{"body": "a", "id": 1}', r"x.jsonl:2 has no field 'text', but body, id \(", None),
         (b'{"text": 3}', r"x.jsonl:2: field 'text' is a int, not a text", "lines without text"),
         (b'{"text": "\\ud800"}', r"x.jsonl:2: field 'text' holds half a surrogate pair", "broken lines"),
         (b'{"text": "\xe4"}', r"x.jsonl:2 is not UTF-8: byte 10 is 0xe4", "undecodable lines"),
@@ -99,6 +99,28 @@ def test_a_broken_line_stops_by_number_or_is_counted(tmp_path, line, message, re
     documents, skipped = read(str(path), on_error="skip")
     assert [d.text for d in documents] == ["one", "three"]
     assert skipped == {reason or "lines without text field": 1}
+
+
+def refusal(*paths: str, **options) -> str:
+    with pytest.raises(UserError) as error:
+        list(read_documents(DataConfig(path=paths), Counter(), **options))
+    return str(error.value)
+
+
+def test_what_is_suggested_works(corpus):
+    """Skipping is named where something may be left; another field where the field is missing; and only options that
+    the command at hand has."""
+    (corpus / "x.jsonl").write_text('{"body": "a"}\n')
+    field, skip = "--data.text-field NAME reads another", "--data.on-error skip leaves such out"
+    assert refusal("corpus/x.jsonl").endswith(f"({field}; {skip})")
+    evaluating = {"text_field_option": "--text-field", "can_skip": False}
+    assert refusal("corpus/x.jsonl", **evaluating).endswith("(--text-field NAME reads another)")
+    assert refusal("corpus/empty.txt").endswith("empty.txt is empty"), "nothing would be left"
+    assert refusal("corpus/empty.txt", "corpus/b.txt").endswith(f"empty.txt is empty ({skip})")
+    assert refusal("corpus/b.txt", "corpus/empty.txt").endswith(f"empty.txt is empty ({skip})")
+    assert refusal("corpus/b.txt", "corpus/empty.txt", **evaluating).endswith("empty.txt is empty")
+    (corpus / "y.txt").write_bytes(b"\xff")
+    assert refusal("corpus/y.txt").endswith("is 0xff")
 
 
 def test_text_field_is_named(tmp_path):

@@ -58,8 +58,8 @@ def test_position_cuts_the_concatenated_text_once(lengths, fraction):
 def test_empty_sides_are_refused():
     with pytest.raises(UserError, match="split by hash gives 100 of 100 documents to train and 0 to validation"):
         choose_split(documents(100), data(1e-9))
-    with pytest.raises(UserError, match="split by position gives 0 of 1 characters"):
-        choose_split([Document("a", "")], data(0.5))
+    with pytest.raises(UserError, match=r"^data\.path a b: the split by position gives 0 of 1 characters"):
+        choose_split([Document("a", "")], DataConfig(path=("a", "b"), validation_fraction=0.5))
     with pytest.raises(UserError, match="no document left"):
         choose_split([], data())
 

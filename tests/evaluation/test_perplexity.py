@@ -48,7 +48,7 @@ def test_against_numpy(tiny):
         found = evaluate(tiny, params, batches(ROWS, size, filler), TOKEN_BYTES)
         assert (found.num_tokens, found.num_bytes) == (11 * 16, num_bytes)
         assert found.nats_per_token == pytest.approx(nats, rel=1e-5)
-    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         split = jax.device_put(params, jax.tree.map(lambda p: p.sharding, abstract_params(tiny)))
         found = evaluate(tiny, split, batches(ROWS, 8, filler=9), TOKEN_BYTES)
     assert found == pytest.approx(Perplexity(nats, 11 * 16, num_bytes), rel=1e-5)

@@ -96,13 +96,13 @@ def test_under_a_mesh(case, mesh):
     """Each device computes its own rows and heads: output and gradients keep q's, k's and v's sharding types,
     so that nothing is gathered before or after a kernel, and the values are those of one device."""
     q, k, v, d_out, settings = inputs(case)
-    heads, kv_heads = P(("data", "fsdp"), None, "tensor", None), ("batch", "sequence", "kv_heads", "head_dim")
+    heads, kv_heads = P(("data", "fsdp"), "context", "tensor", None), ("batch", "sequence", "kv_heads", "head_dim")
     q, d_out = (sharding.reshard(x, "batch", "sequence", "heads", "head_dim") for x in (q, d_out))
     k, v = (sharding.reshard(x, *kv_heads) for x in (k, v))
     for name in ("q_positions", "kv_positions", "segment_ids"):
         settings[name] = sharding.reshard(settings[name], "batch", "sequence")
     if settings["keep_BNTS"] is not None:
-        settings["keep_BNTS"] = sharding.reshard(settings["keep_BNTS"], "batch", "heads", "sequence", "sequence")
+        settings["keep_BNTS"] = sharding.reshard(settings["keep_BNTS"], "batch", "heads", "sequence", "keys")
 
     @jax.jit
     def run(q, k, v, d_out):

@@ -245,7 +245,7 @@ def test_every_mesh_computes_the_same(switched_on):
         return params, logits_of(switched_on, params, sharding.put_batch(TOKENS), arguments)
 
     expected = compute()
-    for mesh in (one_device_mesh(), make_mesh(MeshConfig(2, 2, 2))):
+    for mesh in (one_device_mesh(), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         with jax.set_mesh(mesh):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-3), compute(), expected)
 

@@ -33,7 +33,7 @@ def test_matmul_and_its_gradient_under_a_mesh(mesh):
     x, w, d = (RANDOM.normal(size=s).astype(np.float32) for s in ((8, 3, 4), (4, 6), (8, 3, 6)))
     x_BTD, w_DF = sharding.reshard(x, "batch", "sequence", "features"), sharding.reshard(w, "features", "ffn")
     y_BTF, vjp = jax.vjp(lambda x, w: matmul(x, w, "ffn"), x_BTD, w_DF)
-    assert jax.typeof(y_BTF).sharding.spec == P(("data", "fsdp"), None, "tensor")
+    assert jax.typeof(y_BTF).sharding.spec == P(("data", "fsdp"), "context", "tensor")
     dx, dw = vjp(sharding.reshard(d, "batch", "sequence", "ffn"))
     np.testing.assert_allclose(y_BTF, x @ w, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx, d @ w.T, rtol=1e-5, atol=1e-6)
@@ -79,7 +79,7 @@ def test_dropout_draws_the_same_on_every_mesh(axes):
     """A draw is a function of the key and the global shape, never of which device holds an element."""
     x, key = np.ones((8, 2, 8), np.float32), jax.random.key(2)
     alone = dropout(jnp.asarray(x), 0.5, key)
-    with jax.set_mesh(make_mesh(MeshConfig(*axes))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=axes[0], fsdp=axes[1], tensor=axes[2]))):
         split = dropout(sharding.reshard(x, "batch", "sequence", "ffn"), 0.5, key)
         np.testing.assert_array_equal(split, alone)
 
@@ -165,7 +165,7 @@ def test_feed_forward(gated):
 def test_initializers(mesh):
     """Draws have the standard deviation asked for, and are born in their shards, equal on every mesh."""
     drawn = jax.jit(lambda key: normal(0.3, "embed", "ffn")(key, (128, 128)))(jax.random.key(0))
-    assert jax.typeof(drawn).sharding.spec == P("fsdp", "tensor")
+    assert jax.typeof(drawn).sharding.spec == P(("fsdp", "context"), "tensor")
     assert abs(float(drawn.std()) / 0.3 - 1) < 5 / (2 * drawn.size) ** 0.5
     assert jax.typeof(constant(2.0, "ffn")(None, (8,))).sharding.spec == P("tensor")
     with jax.set_mesh(make_mesh(MeshConfig(data=8))):
@@ -177,5 +177,5 @@ def test_linear_output_layout(mesh):
     layer = Linear(8, ("ffn", "embed"), bias=True, init_std=1.0)
     x = sharding.reshard(np.ones((8, 2, 4), np.float32), "batch", "sequence", "ffn")
     y, variables = layer.init_with_output(jax.random.key(0), x)
-    assert jax.typeof(variables["params"]["w"]).sharding.spec == P("tensor", "fsdp")
-    assert jax.typeof(y).sharding.spec == P(("data", "fsdp"), None, None)
+    assert jax.typeof(variables["params"]["w"]).sharding.spec == P("tensor", ("fsdp", "context"))
+    assert jax.typeof(y).sharding.spec == P(("data", "fsdp"), "context", None)

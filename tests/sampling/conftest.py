@@ -1,5 +1,7 @@
 """Tiny models with random parameters, and a tokenizer of bytes."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,9 @@ class ByteTokenizer:
 
     def token_bytes(self) -> list[bytes]:
         return [*(bytes([i]) for i in range(256)), b""]
+
+    def require_lossless(self, text: str, ids: Sequence[int]) -> None:
+        assert bytes(ids) == text.encode()
 
 
 @pytest.fixture(scope="session")

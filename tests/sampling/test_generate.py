@@ -1,6 +1,7 @@
 """Text from prompts: what ends it, what is refused, and that a stream is the same text."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 
@@ -112,6 +113,23 @@ def test_tokenizer_of_another_model(make_model, tokenizer):
         stream(*make_model(vocab_size=100), tokenizer, "a")
 
 
+def test_a_prompt_that_the_tokenizer_loses_is_refused(model, tokenizer):
+    """It would be continued from another text than the one that is shown."""
+
+    class Losing(type(tokenizer)):
+        def encode(self, text: str) -> list[int]:
+            return super().encode(text.lower())
+
+        def require_lossless(self, text: str, ids: Sequence[int]) -> None:
+            if bytes(ids) != text.encode():
+                raise UserError(f"{text} is lost")
+
+    assert generate(*model, Losing(), ["ab"], HOT)
+    for call in (lambda: generate(*model, Losing(), ["ab", "aB"], HOT), lambda: stream(*model, Losing(), "aB", HOT)):
+        with pytest.raises(UserError, match="aB is lost"):
+            call()
+
+
 SPACED_WORDS = {0: b" fo", 1: b" ba"}
 
 
@@ -126,6 +144,9 @@ class SpaceTokenizer:
 
     def token_bytes(self) -> list[bytes]:
         return [*(SPACED_WORDS.get(i, bytes([i])) for i in range(256)), b""]
+
+    def require_lossless(self, text: str, ids: Sequence[int]) -> None:
+        assert bytes(ids) == text.encode()
 
 
 def test_prompt_that_ends_in_a_space_goes_on_with_a_word(model):

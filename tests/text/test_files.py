@@ -152,6 +152,47 @@ def test_the_file_alone_keeps_everything(gpt2, tmp_path):
     assert again.token_bytes()[again.vocab_size - 1] == b"    "
 
 
+def test_a_missing_tokenizer_names_the_nearest(gpt2_folder, tmp_path):
+    folder = tmp_path / "runs" / "quickstart"
+    folder.mkdir(parents=True)
+    for wrong, right in ((folder.parent / "quickstar", folder), (gpt2_folder / "vocab.bpo", gpt2_folder / "vocab.bpe")):
+        with pytest.raises(UserError) as error:
+            load_tokenizer(wrong)
+        assert f"no tokenizer {wrong}: " in str(error.value)
+        assert str(error.value).endswith(f"did you mean {right}?")
+    with pytest.raises(UserError, match=r"no tokenizer .*nothing in .*none is called so"):
+        load_tokenizer(tmp_path / "none" / "encoder.json")
+
+
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x08\n\x03\xe2\x96\x81\x15\xff\xfe"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("config.json", b'{"model_type": "gpt2"}', "it has no vocabulary under 'model'"),
+        ("config.json", b'{"model": "gpt2"}', "it has no vocabulary under 'model'"),
+        ("list.json", b"[]", "it has no vocabulary under 'model'"),
+        ("tokenizer.model", SENTENCEPIECE, "it is a model of SentencePiece, which has to be converted: AutoTokenizer"),
+        ("weights.bin", b"\x80\xff", "it is no JSON"),
+        ("notes.txt", b"some text", "it is no JSON"),
+    ],
+)
+def test_files_of_another_kind_are_told_what_is_read(gpt2, tmp_path, name, content, expected):
+    """In words of ours, not of the library's parser; and a tokenizer.json beside it is what was meant."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_tokenizer(path)
+    message = str(error.value)
+    assert message.startswith(f"{path} is not a tokenizer.json: {expected}"), message
+    assert not any(word in message for word in ("line 1", "column", "utf-8", "codec", "\n"))
+    gpt2.save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError) as error:
+        load_tokenizer(path)
+    assert str(error.value).endswith(f"did you mean {tmp_path / 'tokenizer.json'}?")
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

@@ -10,6 +10,7 @@ from gptjax.text.labels import token_label
         (b"\n\t", "", r"\n\t"),
         ("中".encode(), "", "中"),
         ("中".encode()[:2], "", r"\xe4\xb8"),
+        (b" a\n" + "中".encode()[:2], "", r"␣a\n\xe4\xb8"),
         (b"", "<|endoftext|>", "<|endoftext|>"),
         (b"", "", "∅"),
     ],

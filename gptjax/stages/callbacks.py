@@ -1,0 +1,113 @@
+"""What the loop calls in a pretraining run: reports, evaluations, samples and checkpoints.
+
+All processes evaluate, sample and save together; the first alone writes what is not a checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from gptjax.config import Config, to_dict
+from gptjax.data.loader import Share, TokenRows, evaluation_rows
+from gptjax.data.shards import PreparedData
+from gptjax.evaluation.perplexity import evaluate
+from gptjax.parallel import distributed, sharding
+from gptjax.sampling.config import SamplingConfig
+from gptjax.sampling.generate import generate
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training import checkpoint, run_dir
+from gptjax.training.ledger import Ledger
+from gptjax.training.loggers import Logger
+from gptjax.training.metrics import Console, MetricsLog
+from gptjax.training.schedule import Progress
+from gptjax.training.state import TrainState
+
+
+def separator(config: Config, tokenizer: Tokenizer) -> int | None:
+    """The token between documents that do not see each other; None where they do."""
+    return tokenizer.end_of_text_id if config.data.separate_documents else None
+
+
+def share(config: Config) -> Share | None:
+    """The rows of each micro-batch that this process reads; None: all."""
+    if distributed.num_processes() == 1:
+        return None
+    size = config.training.resolved_micro_batch_size
+    return Share(sharding.local_rows(size), size)
+
+
+def reporter(
+    config: Config, log: MetricsLog, loggers: Sequence[Logger], console: Console
+) -> Callable[[dict[str, Any]], None]:
+    """Metrics to `metrics.jsonl`, the loggers and the console; of the first process alone."""
+
+    def report(metrics: dict[str, Any]) -> None:
+        if not distributed.is_first():
+            return
+        log.write(metrics)
+        for logger in loggers:
+            logger.log(metrics)
+        if "val_loss" in metrics:
+            console.log_evaluation(metrics)
+            return
+        console.log(metrics, config.training.steps)
+
+    return report
+
+
+def evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callable[[TrainState], dict[str, float]]:
+    """The whole validation split, or evenly spaced sequences of it."""
+    token_bytes = np.array([len(raw) for raw in tokenizer.token_bytes()])
+    batch_size, limit = config.training.resolved_micro_batch_size, config.training.eval_sequences
+
+    def evaluate_state(state: TrainState) -> dict[str, float]:
+        batches = evaluation_rows(rows, batch_size, limit, share(config))
+        apart = separator(config, tokenizer)
+        found = evaluate(config.model, state.params, batches, token_bytes, apart, batch_size)
+        return {
+            "val_loss": found.nats_per_token,
+            "val_bits_per_byte": found.bits_per_byte,
+            "val_perplexity": found.perplexity,
+        }
+
+    return evaluate_state
+
+
+def sampler(
+    config: Config, directory: Path, tokenizer: Tokenizer, console: Console
+) -> Callable[[TrainState, Progress], None]:
+    """A text that goes on from `sample_prompt`, to `samples.md` and the console."""
+    training = config.training
+    sampling = SamplingConfig(max_tokens=training.sample_tokens, temperature=0.7, top_p=0.95, seed=training.seed)
+
+    def sample(state: TrainState, progress: Progress) -> None:
+        (completion,) = generate(config.model, state.params, tokenizer, [training.sample_prompt], sampling)
+        if not distributed.is_first():
+            return
+        text = completion.prompt + completion.text
+        with (directory / run_dir.SAMPLES_FILE).open("a", encoding="utf-8") as file:
+            file.write(f"## step {progress.step}\n\n```\n{text}\n```\n\n")
+        console.message(f"sample at step {progress.step}:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+
+    return sample
+
+
+def saver(
+    config: Config, manager: ocp.CheckpointManager, data: PreparedData, ledger: Ledger
+) -> Callable[[TrainState, Progress, dict[str, float] | None], None]:
+    """State, progress and all that a run needs to go on."""
+
+    def save(state: TrainState, progress: Progress, metrics: dict[str, float] | None) -> None:
+        metadata = {
+            "progress": progress._asdict(),
+            "seconds": ledger.seconds,
+            "data": data.index.content_fingerprint,
+            "config": to_dict(config),
+            "tokenizer": data.tokenizer.to_json(),
+        }
+        checkpoint.save(manager, progress.step, state, metadata, metrics)
+
+    return save

@@ -1,0 +1,106 @@
+"""The benchmarks of data and quality: their JSON is all that standard output holds, or lies in a file."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).parents[2]
+TEXT = "To be, or not to be, that is the question.\n" * 100
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def outcome(tmp_path, monkeypatch, capsys):
+    """`outcome(module, *arguments)`: its JSON, the same from standard output and from a file."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def call(module, *arguments: str, same: bool = True):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", "-"])
+        assert module.main() == 0
+        printed = capsys.readouterr()
+        assert printed.err, "what is for people is not lost"
+        monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--json", "a.json"])
+        assert module.main() == 0
+        assert capsys.readouterr().out.strip()
+        assert not same or Path("a.json").read_text(encoding="utf-8") == printed.out
+        return json.loads(printed.out)
+
+    return call
+
+
+def test_shakespeare(outcome, monkeypatch):
+    module = load("shakespeare")
+
+    def train(command, **options):
+        run = Path(command[command.index("--run-dir") + 1])
+        run.mkdir(parents=True)
+        loss = 1.5 + int(command[-1])
+        (run / "summary.json").write_text(json.dumps({"val_loss": loss, "wall_seconds": 1}), encoding="utf-8")
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=train, DEVNULL=None))
+    found = outcome(module, "text.txt", "--seeds", "3", "1", "2")
+    assert found == {"median": 3.5, "losses": {"3": 4.5, "1": 2.5, "2": 3.5}}
+
+
+def test_prepare_memory(outcome, monkeypatch):
+    module = load("prepare_memory")
+    monkeypatch.setattr(
+        module, "subprocess", SimpleNamespace(run=lambda *command, **options: SimpleNamespace(stdout="built\n12345\n"))
+    )
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=iter([1.0, 3.0, 1.0, 3.0]).__next__))
+    found = outcome(module, "--megabytes", "1", "--forms", ".txt")
+    assert found == [{"form": ".txt", "peak_memory_bytes": 12345, "seconds": 2.0}]
+
+
+def test_data_throughput(outcome, monkeypatch):
+    module = load("data_throughput")
+    monkeypatch.setattr(module, "loading", lambda *arguments: [7.0])
+    found = outcome(module, "text.txt", "--vocab-size", "300", "--repeats", "1", same=False)
+    assert found["loading GPT-2"] == {"tokens_per_second": 7.0}
+    assert found["tokenizing"]["bytes_per_second"] > 0
+
+
+def test_gpt2_tokenizer(outcome, tmp_path):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    model = json.loads(backend.to_str())["model"]
+    vocabulary = model["vocab"] | {"<|endoftext|>": len(model["vocab"])}
+    (tmp_path / "encoder.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    (tmp_path / "vocab.bpe").write_text(merges, encoding="utf-8")
+    rows = outcome(load("gpt2_tokenizer"), ".", "text.txt", "--megabytes", "0.001", same=False)
+    assert [row["source"] for row in rows] == ["text.txt", "stdlib://", "odd Unicode"]
+    assert all(row["different_documents"] == 0 and row["bytes_per_second"] > 0 for row in rows)
+    assert rows[0]["bytes"] == len(TEXT)
+
+
+def test_every_preset(tmp_path):
+    """In a process of its own: it trains for ten steps, on one device."""
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "every_preset.py"), "--data", "text.txt", "--json", "-"]
+    command += ["--configs", str(ROOT / "configs" / "shakespeare_char_cpu.py")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)
+    assert row["configuration"] == "shakespeare_char_cpu"
+    assert row["model_dim"] == row["published_model_dim"] == 128
+    assert row["published_parameters"] > row["parameters"] > 0
+    assert row["final_loss"] < row["first_loss"]
+    assert "shakespeare_char_cpu" in result.stderr
