@@ -215,8 +215,8 @@ class DataConfig:
             source = f" for {self.path[number]}" if number < len(self.path) else ""
             require(
                 0 < weight < math.inf,
-                f"data.weights has {weight:g}{source}, but each must be a positive number; to leave a source out, leave "
-                "it out of data.path",
+                f"data.weights has {weight:g}{source}, but each must be a positive number; to leave a source out, "
+                "leave it out of data.path",
             )
         require(
             0 < self.validation_fraction < 1,

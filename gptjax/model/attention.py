@@ -13,8 +13,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
+from gptjax.model.blockwise import blockwise_attention
 from gptjax.model.layers import Linear, Norm, precision, rotate, softcap
 from gptjax.parallel import sharding
+
+BLOCKWISE_FROM = 2**24
+"""Logits of a head on one device, 4096 × 4096, from which they are no longer held all at once."""
 
 
 class Placement(NamedTuple):
@@ -68,7 +72,15 @@ def attention(
         (B, T, N, H), of q's type and sharding.
     """
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
-    kernel = functools.partial(_xla_attention, window=window, cap=softcap, scale=scale)
+    settings = {"window": window, "cap": softcap, "scale": scale}
+    T, S = q_BTNH.shape[1] // sharding.num_shards("sequence"), k_BSKH.shape[1]
+
+    def kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS):
+        if T * S < BLOCKWISE_FROM or keep_BNTS is not None:
+            return _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS, **settings)
+        segments = segments or (None, None)
+        return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, *segments, **settings)
+
     if not sharding.has_mesh():
         segments = None if segment_ids is None else (segment_ids, segment_ids)
         return kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS)

@@ -143,8 +143,8 @@ def _listen(launch: Launch, hello: Hello, deadline: float) -> socket.socket:
                     _ask("localhost", port, hello, answer_seconds=2 * LINGER_SECONDS)
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise UserError(
-                    f"process 0 cannot listen on port {port} of {hello['host']} ({os.strerror(error.errno)}); end the program "
-                    "that has it, or choose another port in distributed.coordinator"
+                    f"process 0 cannot listen on port {port} of {hello['host']} ({os.strerror(error.errno)}); end the "
+                    "program that has it, or choose another port in distributed.coordinator"
                 ) from None
         time.sleep(0.2)
 

@@ -1,14 +1,18 @@
 """`attention` against a float64 NumPy reference with its own backward pass, and its types under a mesh."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from gptjax.config import MeshConfig
 from gptjax.model.attention import attention
 from gptjax.model.cache import EMPTY
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 
 B, T, N, H = 4, 6, 4, 8
 RANDOM = np.random.default_rng(0)
@@ -141,3 +145,27 @@ def test_bfloat16_weights_are_summed_in_float32():
     out = attention(q, k, v, q_positions=jnp.full((1, 1), S), kv_positions=jnp.arange(S)[None])
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out.astype(jnp.float32), 1.0)
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2, "context": 2, "tensor": 2}])
+def test_long_sequences_take_the_blockwise_kernel(axes, monkeypatch):
+    """From a number of logits on they are never held at once, and nothing else changes, on devices that split the
+    sequence, too: there queries see the keys of all."""
+    q, k, v, d_out, settings = inputs("segments")
+    expected = reference(q, k, v, d_out, **settings)
+    monkeypatch.setattr("gptjax.model.attention.BLOCKWISE_FROM", 1)
+
+    def run(q, k, v, d_out):
+        out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, **settings), q, k, v)
+        return out, *vjp(d_out)
+
+    assert "scan" in str(jax.make_jaxpr(run)(q, k, v, d_out))
+    with contextlib.ExitStack() as stack:
+        if axes:
+            stack.enter_context(jax.set_mesh(make_mesh(MeshConfig(**axes))))
+            q, d_out = (sharding.reshard(x, "batch", "sequence", "heads", "head_dim") for x in (q, d_out))
+            k, v = (sharding.reshard(x, "batch", "sequence", "kv_heads", "head_dim") for x in (k, v))
+            for name in ("q_positions", "kv_positions", "segment_ids"):
+                settings[name] = sharding.reshard(settings[name], "batch", "sequence")
+        for got, wanted in zip(jax.jit(run)(q, k, v, d_out), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, atol=2e-5)

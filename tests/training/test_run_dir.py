@@ -11,8 +11,8 @@ import pytest
 
 from gptjax.config import Config, load_config, replace_fields
 from gptjax.errors import UserError
-from gptjax.resolve import resolve
 from gptjax.parallel.platform import processor_fingerprint
+from gptjax.resolve import resolve
 from gptjax.training import run_dir
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run_dir import (

@@ -1,0 +1,138 @@
+"""Large models compiled for hundreds of devices that are not there: does the step fit their memory?
+
+    python benchmarks/compile_at_size.py            # all three; some minutes and no accelerator
+    python benchmarks/compile_at_size.py --only 6.7B --json compiled.json
+
+Each program is the one that train.py runs, with abstract parameters, for fake CPU devices in a process of its own. XLA
+plans its memory: per device the arguments (parameters, optimizer state, batch), which are updated in place, and the
+temporary rest (gradients, activations, gathered parameters). XLA's CPU backend computes bfloat16 in float32, so that
+temporaries are larger than a GPU's, up to twofold. Exit status 1 if a device would need 80 GB or more.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+LIMIT_BYTES = 80 * 10**9
+CASES: dict[str, dict[str, Any]] = {
+    "175B": {"size": "175B", "mesh": {"fsdp": 64, "tensor": 8}, "batch": 1536, "micro": 64},
+    "6.7B": {"size": "6.7B", "mesh": {"fsdp": 8}, "batch": 1024, "micro": 8},
+    "6.7B, context 131072": {
+        "size": "6.7B",
+        "mesh": {"fsdp": 1, "context": 16},
+        "batch": 1,
+        "micro": 1,
+        "context_length": 131072,
+    },
+}
+
+
+def num_devices(case: dict[str, Any]) -> int:
+    product = 1
+    for size in case["mesh"].values():
+        product *= size
+    return product
+
+
+def compile_case(name: str) -> dict[str, Any]:
+    """Compile one case in this process, which must have its fake devices."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from gptjax.config import MeshConfig, TrainingConfig
+    from gptjax.model.accounting import parameter_counts
+    from gptjax.model.gpt import GPT
+    from gptjax.parallel import sharding
+    from gptjax.parallel.collectives import bytes_by_kind
+    from gptjax.parallel.mesh import make_mesh
+    from gptjax.presets import gpt3
+    from gptjax.training.losses import language_model_loss
+    from gptjax.training.optimizer import make_optimizer
+    from gptjax.training.state import abstract_state
+    from gptjax.training.step import make_train_step
+
+    case = CASES[name]
+    preset = gpt3(case["size"])
+    model_config = dataclasses.replace(
+        preset.model,
+        vocab_size=50257,
+        context_length=case.get("context_length", preset.model.context_length),
+        compute_dtype="bfloat16",
+        scan_layers=True,
+        remat="full",
+        **({"positions": "rope"} if "context_length" in case else {}),
+    )
+    training = TrainingConfig(batch_size=case["batch"], micro_batch_size=case["micro"])
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, **case["mesh"]))):
+        model, optimizer = GPT(model_config), make_optimizer(preset.optimizer)
+        K, B, T = 1, training.resolved_micro_batch_size, model_config.context_length
+        A = training.batch_size // B
+        step = make_train_step(
+            language_model_loss(model), optimizer, compute_dtype="bfloat16", dropout_seed=None, accumulates=A > 1
+        )
+        layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec("stack", "stack", "batch", "keys"))
+        batch = {"tokens": jax.ShapeDtypeStruct((K, A, B, T + 1), jnp.int32, sharding=layout)}
+        start = time.perf_counter()
+        arguments = (batch, np.full(K, A, np.int32), np.ones(K, np.float32), K)
+        program = step.lower(abstract_state(model, optimizer), *arguments).compile()
+        seconds = time.perf_counter() - start
+    plan = program.memory_analysis()
+    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return {
+        "case": name,
+        "parameters": parameter_counts(model_config)["total"],
+        "devices": num_devices(case),
+        "mesh": " × ".join(f"{axis} {size}" for axis, size in case["mesh"].items()),
+        "batch_size": case["batch"],
+        "micro_batch_size": B,
+        "context_length": T,
+        "argument_bytes": plan.argument_size_in_bytes,
+        "temporary_bytes": plan.temp_size_in_bytes,
+        "total_bytes": int(kept + plan.temp_size_in_bytes),
+        "collective_bytes": dict(bytes_by_kind(program.as_text())),
+        "compile_seconds": seconds,
+        "jax": jax.__version__,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=CASES, nargs="+", default=[*CASES])
+    parser.add_argument("--json", help="file for the figures, or - for standard output")
+    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(compile_case(options.child)))
+        return 0
+    rows = []
+    for name in options.only:
+        flags = f"--xla_force_host_platform_device_count={num_devices(CASES[name])} --xla_backend_optimization_level=0"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        command = [sys.executable, __file__, "--child", name]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+        rows.append(json.loads(output.splitlines()[-1]))
+        if options.json != "-":
+            row = rows[-1]
+            print(
+                f"{name:22} {row['devices']:4} devices, {row['mesh']:22} arguments {row['argument_bytes'] / 1e9:6.2f} GB  "
+                f"temporary {row['temporary_bytes'] / 1e9:6.2f} GB  together {row['total_bytes'] / 1e9:6.2f} GB  "
+                f"compiled in {row['compile_seconds']:.0f} s",
+                flush=True,
+            )
+    text = json.dumps(rows)
+    if options.json == "-":
+        print(text)
+    elif options.json:
+        Path(options.json).write_text(text + "\n", encoding="utf-8")
+    return int(any(row["total_bytes"] >= LIMIT_BYTES for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
