@@ -121,9 +121,9 @@ def main() -> int:
         if options.json != "-":
             row = rows[-1]
             print(
-                f"{name:22} {row['devices']:4} devices, {row['mesh']:22} arguments {row['argument_bytes'] / 1e9:6.2f} GB  "
-                f"temporary {row['temporary_bytes'] / 1e9:6.2f} GB  together {row['total_bytes'] / 1e9:6.2f} GB  "
-                f"compiled in {row['compile_seconds']:.0f} s",
+                f"{name:22} {row['devices']:4} devices, {row['mesh']:22} "
+                f"arguments {row['argument_bytes'] / 1e9:6.2f} GB  temporary {row['temporary_bytes'] / 1e9:6.2f} GB  "
+                f"together {row['total_bytes'] / 1e9:6.2f} GB  compiled in {row['compile_seconds']:.0f} s",
                 flush=True,
             )
     text = json.dumps(rows)

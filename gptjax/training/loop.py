@@ -85,7 +85,7 @@ def fit(
         boundary = _next_boundary(progress.step, intervals, training.steps)
         num_steps = min(training.steps_per_dispatch, boundary - progress.step)
         with ledger(data_kind):
-            batch, counts_K, rates_K, progress = _next_batch(config, stream, progress, num_steps)
+            batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps)
         if compiled:
             state, metrics = train_step(state, batch, counts_K, rates_K, num_steps)
         else:
@@ -141,7 +141,7 @@ def _next_boundary(step: int, intervals: Iterable[int], steps: int) -> int:
     return min([steps, *((step // interval + 1) * interval for interval in intervals if interval)])
 
 
-def _next_batch(config: Config, stream: Stream, progress: Progress, num_steps: int):
+def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: int):
     """The arguments of `train_step` for the next steps, and the progress after them."""
     training, T = config.training, config.model.context_length
     K, B = training.steps_per_dispatch, training.resolved_micro_batch_size

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import MeshConfig, OptimizerConfig
+from gptjax.config import Config, MeshConfig, OptimizerConfig, TrainingConfig
 from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh, one_device_mesh
+from gptjax.training.loop import next_batch
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optimizer import make_optimizer
+from gptjax.training.schedule import Progress
 from gptjax.training.state import TrainState, abstract_state, init_state
 from gptjax.training.step import make_train_step
 
@@ -255,3 +257,32 @@ def test_no_product_contracts_two_dimensions(switches, tiny, switched_on):
     products = [e.params["dimension_numbers"][0] for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
     assert len(products) > 20
     assert max(len(left) for left, _ in products) == 1
+
+
+def test_feeding_a_mesh_waits_for_nothing(tiny, monkeypatch):
+    """Steps on eight devices that share a batch, fed as the loop feeds them: nothing is read back from a device, and
+    nothing moves between devices outside the program, so that the host runs ahead of them as it does of one."""
+    config = Config(
+        model=tiny, training=TrainingConfig(batch_size=16, micro_batch_size=8), optimizer=OptimizerConfig(decay_steps=9)
+    )
+
+    class Stream:
+        def take(self, num_rows):
+            return np.ones((num_rows, tiny.context_length + 1), np.int32)
+
+    def refuse(array):
+        raise AssertionError("an array was read back")
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2))):
+        model = GPT(tiny)
+        loss = language_model_loss(model)
+        step = make_train_step(loss, OPTIMIZER, compute_dtype="float32", dropout_seed=None, accumulates=True)
+        state, progress = init_state(model, OPTIMIZER, seed=0), Progress()
+        with monkeypatch.context() as patch, jax.transfer_guard_device_to_device("disallow"):
+            patch.setattr(type(state.step), "_value", property(refuse))  # what every read of an array goes through
+            for _ in range(3):
+                *batch, progress = next_batch(config, Stream(), progress, 1)
+                state, metrics = step(state, *batch, 1)
+            with pytest.raises(AssertionError, match="read back"):
+                float(metrics["loss"][0])
+        assert np.isfinite(metrics["loss"][0])
