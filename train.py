@@ -13,9 +13,11 @@ def main(arguments: Sequence[str]) -> int:
 
     platform.configure(deterministic=config.training.deterministic)
 
+    from gptjax.parallel import distributed
     from gptjax.stages.pretrain import train
 
-    summary = train(config, name=name, launch=launch)
+    with distributed.fail_fast():
+        summary = train(config, name=name, launch=launch)
     codes = {"diverged": cli.EXIT_DIVERGED, "preempted": cli.EXIT_PREEMPTED, "interrupted": cli.EXIT_INTERRUPTED}
     return codes.get(summary["stopped"], 0)
 

@@ -21,6 +21,8 @@ _MODULE_OF = {
     "train_tokenizer": "gptjax.text.tokenizer",
     "load_tokenizer": "gptjax.text.files",
     "prepare": "gptjax.data.prepare",
+    "DistributedConfig": "gptjax.parallel.launch",
+    "connect": "gptjax.parallel.distributed",
     "GPT": "gptjax.model.gpt",
     "train": "gptjax.stages.pretrain",
     "Run": "gptjax.training.load",

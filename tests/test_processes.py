@@ -22,10 +22,10 @@ from gptjax.training.metrics import METRICS_FILE
 ROOT = Path(__file__).parent.parent
 LOSSES = ("loss", "grad_norm", "learning_rate", "tokens", "val_loss", "val_bits_per_byte")
 
-STEPS = 24
-# Every step is evaluated and every other saved: steps that take long enough for a signal to come between two of them.
-OPTIONS = f"--training.steps {STEPS} --training.eval-every-steps 1 --checkpoint.every-steps 2".split()
-OPTIONS += ["--model.compute-dtype", "float32"]
+STEPS = 60
+# Every dispatch is evaluated and saved, which takes long enough for a signal to come between two of them.
+OPTIONS = f"--training.steps {STEPS} --training.steps-per-dispatch 2 --checkpoint.every-steps 2".split()
+OPTIONS += "--training.eval-every-steps 2 --model.compute-dtype float32".split()
 
 
 class Ended(NamedTuple):

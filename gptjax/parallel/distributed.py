@@ -4,9 +4,12 @@ JAX's own multi-controller runtime does the work. With one process every functio
 """
 
 import contextlib
+import os
 import secrets
 import socket
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +23,8 @@ from gptjax.errors import UserError
 from gptjax.parallel.launch import DistributedConfig, find_launch
 from gptjax.parallel.rendezvous import meet
 
+SHUTDOWN_SECONDS = 60
+"""How long a process that ends waits for the others to end, too, before JAX takes them for lost."""
 SHARED_SECONDS = 5.0
 """Network file systems remember for a few seconds what a folder held."""
 
@@ -49,6 +54,7 @@ def connect(config: DistributedConfig, card: Mapping[str, Any], say: Callable[[s
         # All is known: where ids are None, JAX would look again, and take one GPU of those that Slurm gives a task.
         cluster_detection_method="deactivate",
         initialization_timeout=config.timeout_seconds,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
     counts = Counter(device.process_index for device in jax.devices())
     devices = f"{sum(counts.values())} devices: {_sum_of([counts[process] for process in range(launch.num_processes)])}"
@@ -91,6 +97,24 @@ def gather_text(text: str) -> list[str]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def fail_fast() -> Iterator[None]:
+    """A block in which a failure that nobody foresaw ends this process at once, its traceback printed.
+
+    Python's own way out waits for the other processes, and those wait for this one; so JAX tells them that it is gone.
+    """
+    try:
+        yield
+    except (UserError, SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:
+        if num_processes() == 1:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -165,12 +166,13 @@ def test_decoding_params(make_model):
     jax.tree.map(np.testing.assert_array_equal, copy | {"blocks": stacked}, params)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_sharded(model, fsdp):
-    """Three rows on two or four batch shards, heads and vocabulary split: the tokens of one device."""
+@pytest.mark.parametrize("axes", [{"data": 2}, {"data": 2, "fsdp": 2}, {"data": 1, "context": 2}])
+def test_sharded(model, axes):
+    """Three rows on two or four batch shards, or on devices that would split a sequence in training and do not here,
+    heads and vocabulary split: the tokens of one device."""
     config, params = model
     expected = new_tokens(model, PROMPTS, DRAWN)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=fsdp, tensor=2), jax.devices()[: 4 * fsdp])
+    mesh = make_mesh(MeshConfig(**axes, tensor=2), jax.devices()[: 2 * math.prod(axes.values())])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: GPT(config).init(jax.random.key(0), jnp.zeros((4, 8), jnp.int32))["params"])
         sharded = jax.tree.map(
