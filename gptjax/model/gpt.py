@@ -144,6 +144,9 @@ class GPT(nn.Module):
             positions = jax.lax.broadcasted_iota(
                 jnp.int32, tokens_BT.shape, 1, out_sharding=sharding.spec("batch", "sequence")
             )
+        positions = sharding.reshard(positions, "batch", "sequence")
+        if segment_ids is not None:
+            segment_ids = sharding.reshard(segment_ids, "batch", "sequence")
         embedding_VD = self.param(
             "embedding", normal(c.initializer_std, "vocab", "embed"), (c.padded_vocab_size, c.model_dim)
         )
