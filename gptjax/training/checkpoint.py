@@ -166,13 +166,26 @@ class _NewestAndBest:
         return [info.step in keep for info in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its questions to JAX's preemption service.
+
+    The service takes the number in the newest question, whoever asks, for how far this process is, and agrees on the
+    next one. Orbax asks with the step and the loop counts dispatches since its start: after a save the processes
+    would agree on a number that the loop reaches much later, or never.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 def _validation_loss(metrics: Mapping[str, float] | None) -> float:
     return (metrics or {}).get("val_loss", math.inf)
 
 
 def _open(directory: str | os.PathLike, options: ocp.CheckpointManagerOptions | None = None) -> ocp.CheckpointManager:
     try:
-        return ocp.CheckpointManager(
+        return _Manager(
             Path(directory).absolute(),
             item_handlers={"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
             options=options or ocp.CheckpointManagerOptions(create=False),
