@@ -1,9 +1,11 @@
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.data.loader import RowStream, TokenRows, evaluation_rows
+from gptjax.data.loader import RowStream, Share, TokenRows, evaluation_rows
 from gptjax.errors import UserError
 
 CONTEXT = 3
@@ -114,13 +116,17 @@ def test_evaluation_reads_evenly_spaced_rows_in_batches_of_one_shape(limit, expe
 SIZES, WEIGHTS = (4, 30, 9), (1.0, 6.0, 3.0)
 
 
-def mixed(count: int, position: int = 0, seed: int = 0, weights=WEIGHTS) -> list[tuple[int, int]]:
-    """The source and the row within it of each row drawn; token 1000 s + 3 i says source s, row i."""
-    sources = [
+def made_sources() -> list[TokenRows]:
+    """Token 1000 s + 3 i begins row i of source s."""
+    return [
         TokenRows(np.arange(size * CONTEXT + 1, dtype="<u2") + 1000 * number, CONTEXT)
         for number, size in enumerate(SIZES)
     ]
-    stream = RowStream(sources, seed, position, weights=weights)
+
+
+def mixed(count: int, position: int = 0, seed: int = 0, weights=WEIGHTS) -> list[tuple[int, int]]:
+    """The source and the row within it of each row drawn."""
+    stream = RowStream(made_sources(), seed, position, weights=weights)
     try:
         return [(int(row[0]) // 1000, int(row[0]) % 1000 // CONTEXT) for row in stream.take(count)]
     finally:
@@ -151,3 +157,69 @@ def test_a_mixture_continues_from_any_position(position):
     assert mixed(300 - position, position) == mixed(300)[position:]
     assert mixed(50, seed=1) != mixed(50)
     assert mixed(50, weights=(1.0, 1.0, 1.0)) != mixed(50)
+
+
+def pieces(num_pieces: int, batch_size: int, readers: int = 1) -> list[Share]:
+    """Shares of processes of which each `readers` need the same contiguous piece, as where `tensor` spans them."""
+    return [Share(rows, batch_size) for rows in np.split(np.arange(batch_size), num_pieces) for _ in range(readers)]
+
+
+BATCH = 8
+SHARES = {
+    "1 process": pieces(1, BATCH),
+    "2 processes": pieces(2, BATCH),
+    "4 processes": pieces(4, BATCH),
+    "2 processes with the same rows": pieces(1, BATCH, readers=2),
+    "4 processes, each two with the same rows": pieces(2, BATCH, readers=2),
+    "2 processes that overlap": [Share(np.arange(6), BATCH), Share(np.arange(2, BATCH), BATCH)],
+    "2 processes with every other row": [Share(np.arange(0, BATCH, 2), BATCH), Share(np.arange(1, BATCH, 2), BATCH)],
+}
+
+
+def put_together(shares: list[Share], taken: list[np.ndarray]) -> np.ndarray:
+    """The global batches [batches, B, T+1] of what each process read; where two read the same row they must agree."""
+    whole = np.full((len(taken[0]) // len(shares[0].rows), BATCH, CONTEXT + 1), -1, np.int32)
+    for share, rows in zip(shares, taken, strict=True):
+        part = rows.reshape(len(whole), len(share.rows), CONTEXT + 1)
+        known = whole[:, share.rows]
+        assert ((known == part) | (known == -1)).all()
+        whole[:, share.rows] = part
+    assert (whole >= 0).all(), "every row has a reader"
+    return whole
+
+
+def sha256(batch: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(batch).tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("mixture", [False, True], ids=["one source", "mixture"])
+@pytest.mark.parametrize("position", [0, 17 * BATCH])
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+def test_the_global_batch_does_not_depend_on_the_processes(shares, position, mixture):
+    """Batch by batch the same bytes as alone, also of two accumulated at once, and past the end of an epoch.
+
+    Alone no share is cut: the stream of a single process is the reference.
+    """
+    sources, weights = (made_sources(), WEIGHTS) if mixture else ([made_rows(30)], ())
+    sizes = [BATCH, BATCH, 2 * BATCH, BATCH]
+    alone = RowStream(sources, 5, position, weights=weights)
+    streams = [RowStream(sources, 5, position, weights=weights, share=share) for share in shares]
+    for size in sizes:
+        expected = alone.take(size)
+        found = put_together(shares, [stream.take(size) for stream in streams])
+        assert sha256(found) == sha256(expected)
+    assert {stream.position for stream in streams} == {alone.position} == {position + sum(sizes)}
+    for stream in (alone, *streams):
+        stream.close()
+
+
+@pytest.mark.parametrize("limit", [0, 13])
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+def test_processes_evaluate_the_same_rows_as_one(shares, limit):
+    rows = made_rows(21)
+    alone = list(evaluation_rows(rows, BATCH, limit))
+    parts = [list(evaluation_rows(rows, BATCH, limit, share)) for share in shares]
+    assert [len(part) for part in parts] == [len(alone)] * len(shares)
+    for (batch, valid), *found in zip(alone, *parts, strict=True):
+        assert {number for _, number in found} == {valid}
+        assert sha256(put_together(shares, [part for part, _ in found])) == sha256(batch)
