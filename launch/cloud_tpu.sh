@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The same command on every worker of a Cloud TPU slice: JAX finds the others by itself.
+# The same command on every worker of a Cloud TPU slice, whose metadata say which process each one is.
 #
-#   TPU=my-slice ZONE=us-central2-b bash launch/cloud_tpu.sh configs/gpt2_124m.py --run-dir /shared/runs/gpt2 ...
+#   TPU=NAME ZONE=ZONE bash launch/cloud_tpu.sh CONFIG.py --run-dir RUN [--section.field value ...]
 #
-# gptjax is installed in ~/gptjax of every worker (pip install -e '.[tpu]'), and /shared is mounted on all of them.
-set -euo pipefail
-gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "cd gptjax && python train.py $(printf '%q ' "$@")"
+# On each worker this repository lies in ~/gptjax, and its environment in ~/gptjax/.venv (pip install -e '.[tpu]').
+# RUN and the data lie on a file system that all workers mount.
+set -eu
+command="cd ~/gptjax && exec .venv/bin/python train.py $(printf '%q ' "$@")"
+exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$command"
