@@ -110,7 +110,7 @@ def fail_fast() -> Iterator[None]:
     except (UserError, SystemExit, KeyboardInterrupt):
         raise
     except BaseException:
-        if num_processes() == 1:
+        if not jax.distributed.is_initialized():  # asks no backend, which may be what has failed
             raise
         traceback.print_exc()
         sys.stderr.flush()
