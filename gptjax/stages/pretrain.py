@@ -65,14 +65,16 @@ def train(
     with console or _console() as console:
         continued = (directory / run_dir.CONFIG_FILE).is_file()
         if continued:
-            config = _merge_with_saved(config, directory, console)
+            with distributed.together():
+                config = _merge_with_saved(config, directory, console)
             summary = read_summary(directory)
             if summary and summary["stopped"] == "finished" and summary["step"] >= config.training.steps:
                 console.message(f"{directory} is finished: {summary['step']} steps")
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
-        config = _with_mesh(config, console)
-        require_packages(config.training.log_to)
+        with distributed.together():
+            config = _with_mesh(config, console)
+            require_packages(config.training.log_to)
         with run_dir.writable(directory):
             distributed.check_shared(directory)
             if config.data.path == DataConfig().path:
@@ -136,12 +138,13 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
             manager.wait_until_finished()
     if progress.step == config.training.steps and stopped != "diverged":
         stopped = "finished"
-    if not distributed.is_first():
-        return {"stopped": stopped, "step": progress.step}
-    summary = summarize(directory, stopped, progress, ledger, parameter_counts(config.model)["total"])
-    run_dir.write_json(directory / run_dir.SUMMARY_FILE, summary)
-    console.close()
-    console.message(messages.closing(summary, directory, config))
+    summary = {"stopped": stopped, "step": progress.step}
+    if distributed.is_first():
+        summary = summarize(directory, stopped, progress, ledger, parameter_counts(config.model)["total"])
+        run_dir.write_json(directory / run_dir.SUMMARY_FILE, summary)
+        console.close()
+        console.message(messages.closing(summary, directory, config))
+    distributed.gather_text("")  # JAX takes a process for lost that is still writing when the others have ended
     return summary
 
 
