@@ -31,7 +31,8 @@ def reduced(config: Config, max_bytes: float) -> Config:
     while (
         parameter_counts(dataclasses.replace(model, vocab_size=VOCAB_SIZE))["total"] * BYTES_PER_PARAMETER > max_bytes
     ):
-        model = dataclasses.replace(model, model_dim=model.model_dim // 2, num_heads=model.num_heads // 2)
+        heads = model.num_heads // 2  # 25 of them are no even number
+        model = dataclasses.replace(model, model_dim=heads * model.resolved_head_dim, num_heads=heads)
     training = dataclasses.replace(
         config.training,
         steps=10,
