@@ -164,10 +164,10 @@ class FeedForward(nn.Module):
         def project(name: str) -> jax.Array:
             return Linear(self.ffn_dim, ("embed", "ffn"), self.bias, self.init_std, name=name)(x_BTD)
 
-        activation, D = ACTIVATIONS[self.activation], x_BTD.shape[-1]
+        activation = ACTIVATIONS[self.activation]
         x_BTD = sharding.fan_out(x_BTD, "ffn")
         h_BTF = activation(project("gate")) * project("up") if self.gated else activation(project("up"))
-        return Linear(D, ("ffn", "embed"), self.bias, self.residual_std, name="down")(h_BTF)
+        return Linear(x_BTD.shape[-1], ("ffn", "embed"), self.bias, self.residual_std, name="down")(h_BTF)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, rotary_dim: int) -> jax.Array:

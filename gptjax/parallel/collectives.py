@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 _OPERATION = re.compile(rf"= (?P<type>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\((?P<rest>.*)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
@@ -70,10 +69,12 @@ def _group_size(attributes: str) -> int:
 
 
 def _bytes(type_text: str) -> int:
+    """Of all arrays of a type, each of whose names, such as bf16 or f8e4m3fn, says its bits; only pred does not."""
     return sum(
-        _BYTES.get(dtype, 4) * math.prod(int(n) for n in shape.split(",") if n)
+        (8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]))
+        * math.prod(int(n) for n in shape.split(",") if n)
+        // 8
         for dtype, shape in _ARRAY.findall(type_text)
-        if dtype != "token"
     )
 
 

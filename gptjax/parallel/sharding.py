@@ -6,6 +6,7 @@ one device) every function here does nothing.
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator
 
@@ -118,11 +119,14 @@ def local_rows(num_rows: int) -> np.ndarray:
     target = spec("batch")
     if target is None:
         return np.arange(num_rows)
-    layout = jax.NamedSharding(jax.sharding.get_mesh(), target)
+    return _addressable_rows(jax.NamedSharding(jax.sharding.get_mesh(), target), num_rows)
+
+
+@functools.cache  # every step asks
+def _addressable_rows(layout: jax.NamedSharding, num_rows: int) -> np.ndarray:
     rows = np.arange(num_rows)
-    return np.unique(
-        np.concatenate([rows[index] for index in layout.addressable_devices_indices_map((num_rows,)).values()])
-    )
+    held = layout.addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([rows[index] for index in held]))
 
 
 def put_batch(tokens: np.ndarray, num_rows: int | None = None) -> jax.Array:
