@@ -115,9 +115,12 @@ def restore(directory: str | os.PathLike, step: int, abstract_state: PyTree) -> 
         UserError: the step is not there or cannot be read, or a leaf is missing, unexpected, or of another
             shape or type. Nothing is cast.
     """
+    target = jax.tree.map(_placed, abstract_state)
     with _open(directory) as reader:
-        _require_equal(_saved_leaves(reader, step), _leaves(abstract_state), f"checkpoint {step} in {directory}")
-        items = _read(reader, step, state=_arrays(abstract_state), metadata=ocp.args.JsonRestore())
+        saved = _saved_arrays(reader, step)
+        _require_equal(_leaves(saved), _leaves(_flat(target)), f"checkpoint {step} in {directory}")
+    with _open(directory, bytes_at_once=_bytes_at_once(saved, _flat(target))) as reader:
+        items = _read(reader, step, state=_arrays(target), metadata=ocp.args.JsonRestore())
     return items.state, items.metadata
 
 
@@ -127,10 +130,11 @@ def restore_params(directory: str | os.PathLike, step: int, abstract_params: PyT
     Raises:
         UserError: as `restore`.
     """
-    target = {"params": abstract_params}
+    target = jax.tree.map(_placed, {"params": abstract_params})
     with _open(directory) as reader:
-        saved = {name: leaf for name, leaf in _saved_leaves(reader, step).items() if name.startswith("params.")}
-        _require_equal(saved, _leaves(target), f"checkpoint {step} in {directory}")
+        saved = {name: leaf for name, leaf in _saved_arrays(reader, step).items() if name.startswith("params.")}
+        _require_equal(_leaves(saved), _leaves(_flat(target)), f"checkpoint {step} in {directory}")
+    with _open(directory, bytes_at_once=_bytes_at_once(saved, _flat(target))) as reader:
         return _read(reader, step, state=_arrays(target)).state["params"]
 
 
@@ -183,11 +187,40 @@ def _validation_loss(metrics: Mapping[str, float] | None) -> float:
     return (metrics or {}).get("val_loss", math.inf)
 
 
-def _open(directory: str | os.PathLike, options: ocp.CheckpointManagerOptions | None = None) -> ocp.CheckpointManager:
+def _bytes_at_once(saved: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """How much to read at the same time: a twentieth of what is this process's, but each array's part of it at once.
+
+    Each byte on its way is in memory three times: as read, as an array of the host, and on the device.
+    """
+    sizes = []
+    for name, leaf in wanted.items():
+        storage, sharding = saved[name].storage, leaf.sharding
+        chunk = storage.chunk_shape if storage else leaf.shape
+        # Pieces that were saved are read whole: a shard that ends within one takes that one's rest, too.
+        read = [
+            part if part % saved_part == 0 else min(-(-size // saved_part), part // saved_part + 2) * saved_part
+            for size, part, saved_part in zip(leaf.shape, sharding.shard_shape(leaf.shape), chunk, strict=True)
+        ]
+        shards = {str(index) for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
+        sizes.append(len(shards) * math.prod(read) * leaf.dtype.itemsize)
+    return max([*sizes, sum(sizes) // 20])
+
+
+def _open(
+    directory: str | os.PathLike,
+    options: ocp.CheckpointManagerOptions | None = None,
+    bytes_at_once: int | None = None,
+) -> ocp.CheckpointManager:
+    state = ocp.PyTreeCheckpointHandler(
+        # What training leaves in a mantissa is noise: compressing it saves little, and holds all of it once more.
+        use_compression=False,
+        # A read as large as this is refused, so a little more.
+        restore_concurrent_gb=None if bytes_at_once is None else (1.01 * bytes_at_once + 1) / 1e9,
+    )
     try:
         return _Manager(
             Path(directory).absolute(),
-            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()},
+            item_handlers={"state": state, "metadata": ocp.JsonCheckpointHandler()},
             options=options or ocp.CheckpointManagerOptions(create=False),
         )
     except (ValueError, OSError) as error:
@@ -203,7 +236,6 @@ def _read(reader: ocp.CheckpointManager, step: int, **items: ocp.args.Checkpoint
 
 def _arrays(target: PyTree) -> ocp.args.PyTreeRestore:
     """Read these leaves, and no others."""
-    target = jax.tree.map(_placed, target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     return ocp.args.PyTreeRestore(target, restore_args=restore_args, partial_restore=True)
 
@@ -223,7 +255,8 @@ def _require_step(reader: ocp.CheckpointManager, step: int) -> None:
         raise UserError(f"step {step} is not in {reader.directory}; those that are: {_listed(steps)}")
 
 
-def _saved_leaves(reader: ocp.CheckpointManager, step: int) -> dict[str, str]:
+def _saved_arrays(reader: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What Orbax knows of each array that was saved, by its path."""
     _require_step(reader, step)
     try:
         saved = reader.item_metadata(step).state
@@ -231,12 +264,16 @@ def _saved_leaves(reader: ocp.CheckpointManager, step: int) -> dict[str, str]:
         raise _unreadable(reader, step, _one_line(error)) from error
     if saved is None:
         raise _unreadable(reader, step, "it does not say which arrays it holds")
-    return _leaves(saved.tree)
+    return _flat(saved.tree)
 
 
-def _leaves(tree: PyTree) -> dict[str, str]:
-    """The shape and type of each leaf, by its path."""
-    flat = ocp.tree.to_flat_dict(tree, sep=".")
+def _flat(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their paths."""
+    return ocp.tree.to_flat_dict(tree, sep=".")
+
+
+def _leaves(flat: Mapping[str, Any]) -> dict[str, str]:
+    """The shape and type of each leaf."""
     return {name: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for name, leaf in flat.items()}
 
 
