@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 from gptjax.cli import open_output
-from gptjax.config import Config, load_config
+from gptjax.config import Config
+from gptjax.config_files import load_config
 from gptjax.parallel import platform
 
 ROOT = Path(__file__).parent.parent

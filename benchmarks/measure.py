@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 
-from gptjax.config import Config, load_config, replace_fields
+from gptjax.config import Config
+from gptjax.config_files import load_config, replace_fields
 from gptjax.errors import UserError
 from gptjax.resolve import memory_bytes, resolve
 

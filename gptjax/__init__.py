@@ -15,7 +15,7 @@ _MODULE_OF = {
     "OptimizerConfig": "gptjax.config",
     "TokenizerConfig": "gptjax.config",
     "TrainingConfig": "gptjax.config",
-    "load_config": "gptjax.config",
+    "load_config": "gptjax.config_files",
     "UserError": "gptjax.errors",
     "Tokenizer": "gptjax.text.tokenizer",
     "train_tokenizer": "gptjax.text.tokenizer",

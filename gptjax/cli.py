@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from gptjax.config import Config, load_config
+from gptjax.config import Config
+from gptjax.config_files import load_config
 from gptjax.errors import UserError
 from gptjax.parallel.launch import DistributedConfig
 from gptjax.sampling.config import SamplingConfig

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, their files, and what a run leaves open.
+"""The configuration of a run: frozen dataclasses, and what a run leaves open.
 
 Only the standard library is imported here, so that a command line is parsed and a plan is made
 without loading JAX. Conventions: a field's unit is in its name; 0 or an empty text turns an optional
@@ -6,16 +6,9 @@ effect off; `None` means *derived from other fields*, and the field's doc says f
 fills every `None`, and a saved configuration has none left.
 """
 
-import dataclasses
-import difflib
-import json
 import math
-import os
-import runpy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gptjax.checks import MAX_INT, require, require_range, require_types
 from gptjax.errors import UserError
@@ -413,84 +406,3 @@ class Config:
 
     def __post_init__(self):
         require_types("", self)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain data, tuples as lists, ready for JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -> Any:
-    """The inverse of `to_dict`; fields left out get their defaults.
-
-    Raises:
-        UserError: a key that is no field, with the nearest one that is.
-    """
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    arguments = {}
-    for name, value in values.items():
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {where}{near[0]}?" if near else ""
-            raise UserError(f"{where}{name} is not a field of the configuration{hint}")
-        if dataclasses.is_dataclass(fields[name].type):
-            require(isinstance(value, Mapping), f"{where}{name} is {value!r}, but must be a section of fields")
-            value = from_dict(value, fields[name].type, f"{where}{name}.")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)
-
-
-def load_config(path: str | os.PathLike) -> Config:
-    """Read a configuration from a Python file that assigns `config`, or from a run's `config.json`.
-
-    Raises:
-        UserError: the file is missing, or holds no configuration.
-    """
-    path = Path(path)
-    if path.suffix == ".json":
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is no configuration: {error}") from None
-        return from_dict({name: value for name, value in values.items() if name != "environment"})
-    require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except UserError:
-        raise
-    except Exception as error:  # whatever the user's Python does
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`")
-    return config
-
-
-def _nearest_file(path: Path) -> str:
-    siblings = list(path.parent.iterdir()) if path.parent.is_dir() else []
-    known = [p.name for p in siblings if p.suffix == ".py" or (p / "config.json").is_file()]
-    near = difflib.get_close_matches(path.name, known, n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
-
-
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields in which two configurations differ, as `{"section.field": (old, new)}`."""
-
-    def leaves(config: Config) -> dict[str, Any]:
-        flat = {}
-        for name, value in to_dict(config).items():
-            flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-        return flat
-
-    before, after = leaves(old), leaves(new)
-    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
-
-
-def replace_fields(config: Config, fields: Mapping[str, Any]) -> Config:
-    """A copy with `{"section.field": value}` set, validated once, after all of them are set."""
-    values = to_dict(config)
-    for name, value in fields.items():
-        *sections, leaf = name.split(".")
-        target = values
-        for section in sections:
-            target = target[section]
-        target[leaf] = value
-    return from_dict(values)

@@ -20,12 +20,8 @@ from gptjax.config import (
     OptimizerConfig,
     TokenizerConfig,
     TrainingConfig,
-    differences,
-    from_dict,
-    load_config,
-    replace_fields,
-    to_dict,
 )
+from gptjax.config_files import differences, from_dict, load_config, replace_fields, to_dict
 from gptjax.errors import UserError
 
 SECTIONS = (

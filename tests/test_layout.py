@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders they are in
     "gptjax": 0,  # the lazy gptjax/__init__.py, which anything may import
     "gptjax.config": 0,
+    "gptjax.config_files": 0,
     "gptjax.errors": 0,
     "gptjax.checks": 0,
     "gptjax.presets": 0,
@@ -36,7 +37,14 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "sample": 5,
 }
 STANDARD_LIBRARY_ONLY = (
-    *("gptjax.config", "gptjax.checks", "gptjax.errors", "gptjax.presets", "gptjax.sampling.config"),
+    *(
+        "gptjax.config",
+        "gptjax.config_files",
+        "gptjax.checks",
+        "gptjax.errors",
+        "gptjax.presets",
+        "gptjax.sampling.config",
+    ),
     *("gptjax.resolve", "gptjax.model.accounting"),
 )
 MAX_LINES = 350

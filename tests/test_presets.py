@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from gptjax import presets
-from gptjax.config import Config, ModelConfig, load_config
+from gptjax.config import Config, ModelConfig
+from gptjax.config_files import load_config
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
 from gptjax.sampling.config import SamplingConfig

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig, to_dict
+from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
 from gptjax.presets import gpt3

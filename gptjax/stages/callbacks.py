@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gptjax.config import Config, to_dict
+from gptjax.config import Config
+from gptjax.config_files import to_dict
 from gptjax.data.loader import Share, TokenRows, evaluation_rows
 from gptjax.data.shards import PreparedData
 from gptjax.evaluation.perplexity import evaluate

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import optax
 
-from gptjax.config import Config, DataConfig, to_dict
+from gptjax.config import Config, DataConfig
+from gptjax.config_files import to_dict
 from gptjax.data.loader import RowStream, TokenRows
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import PreparedData, TokenArray

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from gptjax.config import Config, to_dict
+from gptjax.config import Config
+from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 
 PROJECT = "gptjax"

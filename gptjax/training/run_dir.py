@@ -20,7 +20,8 @@ from typing import Any
 
 import jax
 
-from gptjax.config import Config, differences, from_dict, replace_fields, to_dict
+from gptjax.config import Config
+from gptjax.config_files import differences, from_dict, replace_fields, to_dict
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
 from gptjax.training.metrics import metrics_line, read_metrics

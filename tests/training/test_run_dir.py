@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.config import Config, load_config, replace_fields
+from gptjax.config import Config
+from gptjax.config_files import load_config, replace_fields
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
 from gptjax.resolve import resolve

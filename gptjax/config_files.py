@@ -1,0 +1,95 @@
+"""Configurations as files and plain data: read, written, compared. Only the standard library is imported."""
+
+import dataclasses
+import difflib
+import json
+import os
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptjax.checks import require
+from gptjax.config import Config
+from gptjax.errors import UserError
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain data, tuples as lists, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -> Any:
+    """The inverse of `to_dict`; fields left out get their defaults.
+
+    Raises:
+        UserError: a key that is no field, with the nearest one that is.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {where}{near[0]}?" if near else ""
+            raise UserError(f"{where}{name} is not a field of the configuration{hint}")
+        if dataclasses.is_dataclass(fields[name].type):
+            require(isinstance(value, Mapping), f"{where}{name} is {value!r}, but must be a section of fields")
+            value = from_dict(value, fields[name].type, f"{where}{name}.")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def load_config(path: str | os.PathLike) -> Config:
+    """Read a configuration from a Python file that assigns `config`, or from a run's `config.json`.
+
+    Raises:
+        UserError: the file is missing, or holds no configuration.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is no configuration: {error}") from None
+        return from_dict({name: value for name, value in values.items() if name != "environment"})
+    require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's Python does
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`")
+    return config
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = list(path.parent.iterdir()) if path.parent.is_dir() else []
+    known = [p.name for p in siblings if p.suffix == ".py" or (p / "config.json").is_file()]
+    near = difflib.get_close_matches(path.name, known, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configurations differ, as `{"section.field": (old, new)}`."""
+
+    def leaves(config: Config) -> dict[str, Any]:
+        flat = {}
+        for name, value in to_dict(config).items():
+            flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+        return flat
+
+    before, after = leaves(old), leaves(new)
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+
+
+def replace_fields(config: Config, fields: Mapping[str, Any]) -> Config:
+    """A copy with `{"section.field": value}` set, validated once, after all of them are set."""
+    values = to_dict(config)
+    for name, value in fields.items():
+        *sections, leaf = name.split(".")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[leaf] = value
+    return from_dict(values)
