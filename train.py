@@ -1,5 +1,6 @@
 """Train a GPT: `python train.py [CONFIG.py | RUN] [--section.field value ...]`; `--help` lists every field."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,10 @@ from gptjax import cli
 
 
 def main(arguments: Sequence[str]) -> int:
-    config, name, launch = cli.parse_train(arguments, default=Path(__file__).parent / "configs" / "quickstart.py")
+    started = time.perf_counter()
+    config, name, launch, accepted = cli.parse_train(
+        arguments, default=Path(__file__).parent / "configs" / "quickstart.py"
+    )
 
     from gptjax.parallel import platform
 
@@ -17,9 +21,8 @@ def main(arguments: Sequence[str]) -> int:
     from gptjax.stages.pretrain import train
 
     with distributed.fail_fast():
-        summary = train(config, name=name, launch=launch)
-    codes = {"diverged": cli.EXIT_DIVERGED, "preempted": cli.EXIT_PREEMPTED, "interrupted": cli.EXIT_INTERRUPTED}
-    return codes.get(summary["stopped"], 0)
+        summary = train(config, name=name, launch=launch, accept_changes=accepted, started=started)
+    return cli.EXIT_OF[summary["stopped"]]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ _MODULE_OF = {
     "CheckpointConfig": "gptjax.config",
     "Config": "gptjax.config",
     "DataConfig": "gptjax.config",
+    "GuardConfig": "gptjax.config",
     "MeshConfig": "gptjax.config",
     "ModelConfig": "gptjax.config",
     "OptimizerConfig": "gptjax.config",

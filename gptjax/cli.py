@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXIT_USER_ERROR = 2
-EXIT_DIVERGED = 3
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: schedulers requeue
-EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
+EXIT_OF = {
+    "finished": 0,
+    "diverged": 3,
+    "corrupted": 4,  # the machine computes wrong
+    "preempted": 75,  # EX_TEMPFAIL: schedulers requeue
+    "interrupted": 130,  # what shells report for Ctrl-C
+}
+"""Exit status of a run by why it ended."""
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -38,17 +43,19 @@ def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
 
 @dataclass(frozen=True)
 class _TrainArguments(Config):
-    """A run, and the processes that train it together: these differ from one to the other, so they are not saved."""
+    """A run, and what is not saved with it: the processes that train it together, and what they agree to change."""
 
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    accept_changes: tuple[str, ...] = ()
+    """Fields, such as optimizer.beta2, that may differ from those of the run that goes on, which is refused else."""
 
 
-def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str, DistributedConfig]:
+def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str, DistributedConfig, tuple[str, ...]]:
     """Read `[CONFIG.py | RUN] [--section.field value ...]`.
 
     Returns:
         The configuration, with fields that the user left open still None; the name that a new run is called after;
-        and how this process finds the others.
+        how this process finds the others; and the fields that may change when a run goes on.
 
     Raises:
         UserError: the file or folder is missing or holds no configuration.
@@ -74,8 +81,8 @@ def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str, D
         description=f"Train a GPT. Defaults are those of {target}; a run's folder continues that run.",
     )
     fields = _fields(parsed)
-    launch = fields.pop("distributed")
-    return Config(**fields), target.stem, launch
+    launch, accepted = fields.pop("distributed"), fields.pop("accept_changes")
+    return Config(**fields), target.stem, launch, accepted
 
 
 def _fields(values: Any) -> dict[str, Any]:

@@ -374,6 +374,25 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What keeps a bad batch or a bad device from ruining a run."""
+
+    spike_sigmas: float = 6.0
+    """Skip a step whose loss or gradient norm is this many deviations above the mean of 128 steps. 0: only NaN."""
+    max_skipped: int = 10
+    """Skipped steps in a row after which the run counts as diverged."""
+    max_rollbacks: int = 3
+    """Times that a diverged run goes back to a checkpoint and leaves out the batches since, before it ends."""
+    rerun_every_steps: int = 0
+    """Steps between those computed twice and compared bit for bit, which takes room for a second state. 0: none."""
+
+    def __post_init__(self):
+        require_types("guard.", self)
+        require_range("guard.", self, 0, math.inf, "spike_sigmas", "max_rollbacks", "rerun_every_steps")
+        require_range("guard.", self, 1, math.inf, "max_skipped")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the run is saved, and what is kept."""
 
@@ -400,6 +419,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run_dir: str | None = None
     """Folder of the run. None: the next free name under runs/, after the configuration file."""

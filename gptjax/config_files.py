@@ -70,16 +70,17 @@ def _nearest_file(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """All fields, as `{"section.field": value}`."""
+    fields = {}
+    for name, value in to_dict(config).items():
+        fields |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return fields
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Fields in which two configurations differ, as `{"section.field": (old, new)}`."""
-
-    def leaves(config: Config) -> dict[str, Any]:
-        flat = {}
-        for name, value in to_dict(config).items():
-            flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-        return flat
-
-    before, after = leaves(old), leaves(new)
+    before, after = flat(old), flat(new)
     return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 

@@ -155,7 +155,7 @@ def test_jobset_agrees_with_itself():
     assert pod["restartPolicy"] == "Never"
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["containerName"] == container["name"]
-    codes = {cli.EXIT_USER_ERROR, cli.EXIT_DIVERGED, cli.EXIT_PREEMPTED}
+    codes = {cli.EXIT_USER_ERROR, *cli.EXIT_OF.values()} - {0, cli.EXIT_OF["interrupted"]}
     assert {*rule["onExitCodes"]["values"]} == codes
     # The first rule that matches is the one that counts. The message is Kubernetes' own.
     for code in codes:
@@ -165,14 +165,14 @@ def test_jobset_agrees_with_itself():
             for rule in spec["failurePolicy"]["rules"]
             if all(re.search(pattern, message) for pattern in rule.get("onJobFailureMessagePatterns", ()))
         )
-        preempted = code == cli.EXIT_PREEMPTED
+        preempted = code == cli.EXIT_OF["preempted"]
         assert action == ("RestartJobSetAndIgnoreMaxRestarts" if preempted else "FailJobSet")
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
 def test_sky_recovers_from_preemption():
-    assert YAML["sky.yaml"]["resources"]["job_recovery"]["recover_on_exit_codes"] == [cli.EXIT_PREEMPTED]
+    assert YAML["sky.yaml"]["resources"]["job_recovery"]["recover_on_exit_codes"] == [cli.EXIT_OF["preempted"]]
 
 
 def commands(text: str) -> list[list[str]]:

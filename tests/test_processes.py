@@ -126,7 +126,7 @@ def preempted(workplace) -> tuple[Path, list[Ended]]:
 def test_a_signal_to_one_process_stops_both_at_the_same_step(preempted):
     """Both save the step that they agree on, and exit so that a scheduler requeues them."""
     directory, ended = preempted
-    assert [end.code for end in ended] == [cli.EXIT_PREEMPTED] * 2 == [75] * 2, ended
+    assert [end.code for end in ended] == [cli.EXIT_OF["preempted"]] * 2 == [75] * 2, ended
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["stopped"] == "preempted"
     assert ENOUGH <= summary["step"] < STEPS

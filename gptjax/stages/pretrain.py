@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-import re
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,33 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.parallel.launch import DistributedConfig
 from gptjax.parallel.mesh import make_mesh
-from gptjax.resolve import memory_bytes, refit_mesh, resolve, resolve_mesh
-from gptjax.stages import callbacks, messages
+from gptjax.resolve import memory_bytes, resolve, resolve_mesh
+from gptjax.stages import callbacks, messages, resume
+from gptjax.stages.rollback import Rollbacks
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.ledger import Ledger
 from gptjax.training.loggers import Logger, open_loggers, require_packages
-from gptjax.training.loop import Callbacks, Diverged, fit, is_due
+from gptjax.training.loop import Callbacks, Corrupted, Diverged, fit
 from gptjax.training.losses import language_model_loss
-from gptjax.training.metrics import METRICS_FILE, Console, MetricsLog, read_metrics
+from gptjax.training.metrics import METRICS_FILE, Console, MetricsLog
 from gptjax.training.optimizer import make_optimizer
-from gptjax.training.schedule import Progress
 from gptjax.training.signals import stop_on_signals
-from gptjax.training.state import TrainState, abstract_state, init_state
+from gptjax.training.state import abstract_state
 from gptjax.training.step import TrainStep, make_train_step
 from gptjax.training.summary import read_summary, summarize
 
+_OUTCOMES = {Diverged: "diverged", Corrupted: "corrupted"}
+
 
 def train(
-    config: Config, *, name: str = "run", console: Console | None = None, launch: DistributedConfig | None = None
+    config: Config,
+    *,
+    name: str = "run",
+    console: Console | None = None,
+    launch: DistributedConfig | None = None,
+    accept_changes: Collection[str] = (),
+    started: float | None = None,
 ) -> dict[str, Any]:
     """Train a model on the text of `data.path`, or continue the run in `run_dir` exactly where it stood.
 
@@ -49,6 +57,9 @@ def train(
         name: what a new run is called after.
         console: where progress is shown; standard output by default. Of several processes the first alone shows it.
         launch: how this process finds others to train with, before JAX is used; None: it is alone, or connected.
+        accept_changes: fields (`section.field`) that may differ from those with which a continued run began. With
+            `data.path` among them it goes on, with its old tokenizer, on other text.
+        started: when `time.perf_counter` said that the work began, for the run's account; None: now.
 
     Returns:
         What the run's `summary.json` holds; of several processes, on all but the first only `stopped` and `step`.
@@ -57,6 +68,7 @@ def train(
         UserError: configuration, data or the run's folder do not fit; before anything is compiled, and
             without changing what is there.
     """
+    started = time.perf_counter() if started is None else started
     config = _with_absolute_paths(config)
     if launch is not None:
         distributed.connect(launch, _card(config))
@@ -67,7 +79,7 @@ def train(
         continued = (directory / run_dir.CONFIG_FILE).is_file()
         if continued:
             with distributed.together():
-                config = _merge_with_saved(config, directory, console)
+                config = resume.merge_with_saved(config, directory, accept_changes, console)
             summary = read_summary(directory)
             if summary and summary["stopped"] == "finished" and summary["step"] >= config.training.steps:
                 console.message(f"{directory} is finished: {summary['step']} steps")
@@ -81,18 +93,21 @@ def train(
             if config.data.path == DataConfig().path:
                 console.message("no --data.path: training on the source code of Python's standard library")
             # A run keeps the tokenizer that it was given, wherever the file is by now.
-            kept = continued and config.tokenizer.path
+            new_text = "data.path" in accept_changes
+            kept = continued and (config.tokenizer.path or new_text)
             tokenizer = Tokenizer.load(directory / run_dir.TOKENIZER_FILE) if kept else config.tokenizer
             with distributed.first_then_others():
                 data = prepare(config.data, tokenizer, log=console.message)
             if continued:
-                _check_same_tokenizer(directory, data.tokenizer)
+                resume.check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
             with jax.set_mesh(make_mesh(config.mesh)):
-                return _pretrain(config, directory, data, console)
+                return _pretrain(config, directory, data, console, new_text, started)
 
 
-def _pretrain(config: Config, directory: Path, data: PreparedData, console: Console) -> dict[str, Any]:
+def _pretrain(
+    config: Config, directory: Path, data: PreparedData, console: Console, new_text: bool, started: float
+) -> dict[str, Any]:
     """Everything from the first array to the summary, under the mesh."""
     sources, held_out = _training_rows(data, config), _rows(data.tokens("validation"), "validation split", config)
     _check_prompt(config, data.tokenizer)
@@ -102,19 +117,17 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
         stop_on_signals() as stop,
         ExitStack() as opened,
     ):
-        state, progress, seconds_before = _start(model, optimizer, config, directory, data)
+        state, progress, seconds_before = resume.start(model, optimizer, config, directory, data, new_text)
         loggers: Sequence[Logger] = ()
         if distributed.is_first():
             # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
             run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
             run_dir.save_config(directory, config, run_dir.environment())
-            _cut_back(directory, progress.step)
+            seconds_before = resume.count_lost(directory, seconds_before)
+            resume.cut_back(directory, progress.step)
             loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
         console.message(messages.description(config, sources, held_out, progress))
-        ledger = Ledger(before=seconds_before)
-        weights, seed = config.data.weights, config.training.seed
-        share = callbacks.share(config)
-        stream = RowStream([*sources.values()], seed, progress.sequences, weights=weights, share=share)
+        ledger = Ledger(seconds_before, started)
         calls = Callbacks(
             report=callbacks.reporter(config, MetricsLog(directory / METRICS_FILE), loggers, console),
             evaluate=callbacks.evaluator(config, held_out, data.tokenizer),
@@ -122,22 +135,32 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
             save=callbacks.saver(config, manager, data, ledger),
             should_stop=stop,
         )
-        _make_up_evaluation(config, directory, state, progress, calls)
-        try:
-            state, progress = fit(
-                *(config, state, progress, _compile_step(config, model, optimizer, data.tokenizer)),
-                *(stream, calls, ledger),
-                mfu_per_token_rate=_mfu_per_token_rate(config),
-            )
-            stopped = stop.outcome or "finished"
-        except Diverged as error:
-            console.message(f"diverged: {error}; the checkpoints are from before")
-            progress, stopped = error.progress, "diverged"
-        finally:
-            stream.close()
+        with ledger("evaluation"):
+            resume.make_up_evaluation(config, directory, state, progress, calls)
+        train_step, share = _compile_step(config, model, optimizer, data.tokenizer), callbacks.share(config)
+        rollbacks = Rollbacks(config.guard.max_rollbacks, directory, manager, ledger)
+        stopped = None
+        while stopped is None:
+            weights, seed = config.data.weights, config.training.seed
+            stream = RowStream([*sources.values()], seed, progress.position, weights=weights, share=share)
+            arguments = (config, state, progress, train_step, stream, calls, ledger, _mfu_per_token_rate(config))
+            del state  # or a diverged one would stay in memory beside the one that takes its place
+            try:
+                state, progress = fit(*arguments)
+                stopped = stop.outcome or "finished"
+            except (Diverged, Corrupted) as error:
+                progress, stopped = error.progress, _OUTCOMES[type(error)]
+                console.message(f"{stopped}: {error}")
+            finally:
+                del arguments
+                stream.close()
+            if stopped == "diverged":
+                back = rollbacks.roll_back(progress, abstract_state(model, optimizer), console.message)
+                if back is not None:
+                    stopped, (state, progress) = None, back
         with ledger("checkpoint"):
             manager.wait_until_finished()
-    if progress.step == config.training.steps and stopped != "diverged":
+    if progress.step == config.training.steps and stopped not in _OUTCOMES.values():
         stopped = "finished"
     summary = {"stopped": stopped, "step": progress.step}
     if distributed.is_first():
@@ -159,21 +182,6 @@ def _console() -> Console:
     return Console() if distributed.is_first() else Console(open(os.devnull, "w", encoding="utf-8"))
 
 
-def _merge_with_saved(config: Config, directory: Path, console: Console) -> Config:
-    saved, environment = run_dir.load_run_config(directory)
-    config = dataclasses.replace(config, mesh=refit_mesh(saved.mesh, config.mesh, jax.device_count()))
-    config, changes = run_dir.merge_resume(saved, config)
-    for field, (old, new) in changes.items():
-        console.message(f"changed for this run: {field} {old} → {new}")
-    rounding = [field for field in changes if field.startswith(("mesh.", "model."))]
-    for line in [*rounding, *run_dir.environment_changes(environment, run_dir.environment())]:
-        console.message(f"from here on not bit-identical to an uninterrupted run: {line}")
-    if "training.steps" in changes:
-        floor = config.optimizer.peak_learning_rate * config.optimizer.final_learning_rate_fraction
-        console.message(f"the learning rate keeps its schedule to step {config.optimizer.decay_steps}, then {floor:g}")
-    return config
-
-
 def _with_absolute_paths(config: Config) -> Config:
     """A run that is continued from another folder finds its data and its tokenizer."""
     data, tokenizer = config.data, config.tokenizer
@@ -193,6 +201,11 @@ def _with_mesh(config: Config, console: Console) -> Config:
     mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory)
     if len(devices) > 1:
         console.message(f"mesh {messages.axes(mesh)}: {reason}")
+    if config.guard.rerun_every_steps and devices[0].platform == "gpu" and not config.training.deterministic:
+        raise UserError(
+            "guard.rerun_every_steps compares bit for bit, which on a GPU needs training.deterministic; "
+            "give both, or guard.rerun_every_steps 0"
+        )
     flags = os.environ.get("XLA_FLAGS", "")
     if config.training.deterministic and devices[0].platform == "gpu" and "deterministic_ops" not in flags:
         raise UserError(
@@ -218,14 +231,6 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
-def _check_same_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    if Tokenizer.load(directory / run_dir.TOKENIZER_FILE).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"the text of data.path makes another tokenizer than the one {directory} was trained with; "
-            "give the data it was trained on, or start a new run with another --run-dir"
-        )
-
-
 def _training_rows(data: PreparedData, config: Config) -> dict[str, TokenRows]:
     """The rows of each source, or, where there are no weights, of all of them as one, by what they are called."""
     if not config.data.weights:
@@ -245,46 +250,6 @@ def _rows(tokens: TokenArray, what: str, config: Config) -> TokenRows:
         raise UserError(f"{what} (data.validation_fraction {fraction:g}): {error}") from None
 
 
-def _start(
-    model: GPT, optimizer: optax.GradientTransformation, config: Config, directory: Path, data: PreparedData
-) -> tuple[TrainState, Progress, dict[str, float]]:
-    """The state of the newest checkpoint, or a fresh one; its progress; and the seconds it took so far, by kind."""
-    checkpoints = directory / run_dir.CHECKPOINTS
-    steps = checkpoint.all_steps(checkpoints)
-    if not steps:
-        return init_state(model, optimizer, config.training.seed), Progress(), {}
-    metadata = checkpoint.read_metadata(checkpoints, steps[-1])
-    if metadata["data"] != data.index.content_fingerprint:
-        raise UserError(
-            f"the tokens in {data.folder} are not those that {directory} was trained on: the text of data.path has "
-            "changed; bring it back, or start a new run with another --run-dir"
-        )
-    state, _ = checkpoint.restore(checkpoints, steps[-1], abstract_state(model, optimizer))
-    return state, Progress(**metadata["progress"]), metadata["seconds"]
-
-
-def _cut_back(directory: Path, step: int) -> None:
-    """Drop what the run's logs say of steps after the restored one: they come again."""
-    run_dir.cut_metrics(directory / METRICS_FILE, step)
-    samples = directory / run_dir.SAMPLES_FILE
-    if samples.exists():
-        sections = re.split(r"^(?=## step \d+$)", samples.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        kept = [s for s in sections if not (match := re.match(r"## step (\d+)", s)) or int(match[1]) <= step]
-        run_dir.write_text(samples, "".join(kept))
-
-
-def _make_up_evaluation(
-    config: Config, directory: Path, state: TrainState, progress: Progress, calls: Callbacks
-) -> None:
-    """Evaluate the restored step if the run was told to stop at it, just before its evaluation."""
-    if progress.step == 0 or not is_due(config.training.eval_every_steps, progress.step, config.training.steps):
-        return
-    records = read_metrics(directory / METRICS_FILE) if distributed.is_first() else []
-    found = any(record["step"] == progress.step and "val_loss" in record for record in records)
-    if not distributed.gather_text("evaluated" if found else "")[0]:
-        calls.report({"step": progress.step, "tokens": progress.tokens, **calls.evaluate(state)})
-
-
 def _compile_step(
     config: Config, model: GPT, optimizer: optax.GradientTransformation, tokenizer: Tokenizer
 ) -> TrainStep:
@@ -297,6 +262,7 @@ def _compile_step(
         dropout_seed=training.seed if drops else None,
         accumulates=training.batch_size > training.resolved_micro_batch_size,
         steps_per_dispatch=training.steps_per_dispatch,
+        spike_sigmas=config.guard.spike_sigmas,
     )
 
 

@@ -4,8 +4,9 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-KINDS = ("compile", "data", "evaluation", "sample", "checkpoint")
-"""What is counted. `data` is waiting for data: reading while the device computes is part of the step."""
+KINDS = ("start", "compile", "data", "evaluation", "sample", "checkpoint", "lost")
+"""What is counted. `start` is everything before the loop; `data` is waiting for data: reading while the device computes
+is part of the step; `lost` are steps that were undone, and all since the checkpoint that a killed run went back to."""
 
 
 class Ledger:
@@ -18,11 +19,18 @@ class Ledger:
         ledger.seconds["evaluation"]
     """
 
-    def __init__(self, before: Mapping[str, float] | None = None):
-        """`before`: the seconds that earlier processes spent on the same run, as their `seconds` said."""
+    def __init__(self, before: Mapping[str, float] | None = None, started: float | None = None):
+        """Count from now.
+
+        Args:
+            before: the seconds that earlier processes spent on the same run, as their `seconds` said.
+            started: when this process began, as `time.perf_counter` says it; the time until now is its `start`.
+        """
         self._before = before or {}
         self._counted = dict.fromkeys(KINDS, 0.0)
-        self._start = time.perf_counter()
+        now = time.perf_counter()
+        self._start = now if started is None else started
+        self._counted["start"] = now - self._start
 
     @contextlib.contextmanager
     def __call__(self, kind: str | Callable[[], str | None]) -> Iterator[None]:
@@ -34,6 +42,10 @@ class Ledger:
             name = kind if isinstance(kind, str) else kind()
             if name is not None:
                 self._counted[name] += time.perf_counter() - start
+
+    def lose(self, since: Mapping[str, float]) -> None:
+        """The steps since `seconds` said this were undone: their time is `lost`."""
+        self._counted["lost"] += self.seconds["step"] - since["step"]
 
     @property
     def seconds(self) -> dict[str, float]:

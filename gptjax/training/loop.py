@@ -5,7 +5,7 @@ that this process's devices need), T tokens.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.parallel import sharding
 from gptjax.training.ledger import Ledger
+from gptjax.training.rerun import run_twice
 from gptjax.training.schedule import Progress, batch_size, learning_rate
 from gptjax.training.state import TrainState
 from gptjax.training.step import Metrics, TrainStep
@@ -26,10 +27,19 @@ class Stream(Protocol):
 
 
 class Diverged(Exception):
-    """Loss or gradient is no longer a number. Nothing was saved since it was one."""
+    """The model has left what it was good at: step after step is skipped, or an evaluation is no number."""
 
-    def __init__(self, progress: Progress, loss: float, grad_norm: float):
-        super().__init__(f"step {progress.step}: the loss is {loss}, the gradient's norm {grad_norm}")
+    def __init__(self, progress: Progress, reason: str):
+        super().__init__(f"step {progress.step}: {reason}")
+        self.progress = progress
+
+
+class Corrupted(Exception):
+    """A step that was computed twice from the same state gave two results: nobody knows which is the right one."""
+
+    def __init__(self, progress: Progress, names: Sequence[str]):
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        super().__init__(f"step {progress.step}, computed twice from the same state, gave two {names[0]}{others}")
         self.progress = progress
 
 
@@ -62,19 +72,19 @@ def fit(
     Nothing in the loop waits for the device, except where an interval ends: metrics are fetched when the
     next interval's steps are already dispatched, and before an evaluation, sample or checkpoint.
 
-    Before a state is saved, its last steps are known to be finite.
-
     Args:
         config: resolved.
-        stream: positioned at `progress.sequences`.
+        stream: positioned at `progress.position`.
         mfu_per_token_rate: MFU at one token a second; None where the device's peak is unknown.
 
     Raises:
-        Diverged: a loss or gradient norm is not finite.
+        Diverged: `guard.max_skipped` steps in a row were skipped, which is noticed where an interval ends; or an
+            evaluation is not finite.
+        Corrupted: a step that was computed twice gave two results.
     """
-    training, intervals = config.training, _intervals(config)
-    history = _History(callbacks.report, ledger, mfu_per_token_rate)
-    compiled = False
+    training, guard, intervals = config.training, config.guard, _intervals(config)
+    history = _History(callbacks.report, ledger, mfu_per_token_rate, guard.max_skipped)
+    compiled, owed = False, False
     metrics: Metrics = {}
 
     def data_kind() -> str | None:
@@ -82,11 +92,15 @@ def fit(
         return "data" if _is_done(metrics) else None
 
     while progress.step < training.steps:
-        boundary = _next_boundary(progress.step, intervals, training.steps)
+        boundary = _next_boundary(progress.step, (*intervals, guard.rerun_every_steps), training.steps)
         num_steps = min(training.steps_per_dispatch, boundary - progress.step)
         with ledger(data_kind):
             batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps)
-        if compiled:
+        if compiled and guard.rerun_every_steps and progress.step % guard.rerun_every_steps == 0:
+            state, metrics, differing = run_twice(train_step, state, batch, counts_K, rates_K, num_steps)
+            if differing:
+                raise Corrupted(progress, differing)
+        elif compiled:
             state, metrics = train_step(state, batch, counts_K, rates_K, num_steps)
         else:
             with ledger("compile"):
@@ -97,11 +111,14 @@ def fit(
 
         preempted = callbacks.should_stop() and progress.step < training.steps
         logs, evaluates, saves, samples = (is_due(interval, progress.step, training.steps) for interval in intervals)
+        saves |= owed
         if logs or preempted:
             last = {name: values[num_steps - 1] for name, values in metrics.items()}
             history.add(progress, float(rates_K[num_steps - 1]), last)
         if evaluates or samples or saves or preempted:
-            history.rest(progress, {name: values[:num_steps] for name, values in metrics.items()})
+            learns = history.rest(progress, {name: values[num_steps - 1] for name, values in metrics.items()})
+            # What may be ruined is no checkpoint: a save waits for a step that counts.
+            owed = saves and not learns and progress.step < training.steps
         if preempted:  # at once: whoever asked does not wait for an evaluation
             with ledger("checkpoint"):
                 callbacks.save(state, progress, None)
@@ -111,7 +128,9 @@ def fit(
             with ledger("evaluation"):
                 evaluation = callbacks.evaluate(state)
             callbacks.report({"step": progress.step, "tokens": progress.tokens, **evaluation})
-        if saves:
+            if not all(map(math.isfinite, evaluation.values())):
+                raise Diverged(progress, f"the evaluation gives {evaluation}")
+        if saves and not owed:
             with ledger("checkpoint"):
                 callbacks.save(state, progress, evaluation)
         if samples:
@@ -160,8 +179,9 @@ def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: in
 class _History:
     """Metrics on their way from the device: held for one interval, so that fetching them waits for nothing."""
 
-    def __init__(self, report: Callable, ledger: Ledger, mfu_per_token_rate: float | None):
+    def __init__(self, report: Callable, ledger: Ledger, mfu_per_token_rate: float | None, max_skipped: int):
         self._report, self._ledger, self._mfu_per_token_rate = report, ledger, mfu_per_token_rate
+        self._max_skipped = max_skipped
         self._held: tuple[Progress, float, Metrics] | None = None
         self._speed: dict[str, float | None] = {"tokens_per_second": None, "mfu": None, "data_wait_fraction": None}
 
@@ -179,19 +199,15 @@ class _History:
             self._measure(progress if _is_done(metrics) else held[0])
             self._emit(*held[:2], fetched)
 
-    def rest(self, progress: Progress, metrics: Metrics) -> None:
-        """Wait for the newest steps, report what is held, and refuse what is not finite.
-
-        Args:
-            metrics: of all steps of the newest dispatch.
-        """
+    def rest(self, progress: Progress, metrics: Metrics) -> bool:
+        """Wait for the newest step, whose metrics these are, report what is held, and say whether the step counted."""
         metrics = jax.device_get(metrics)
         self._measure(progress)
         if self._held is not None:
             self._emit(*self._held[:2], jax.device_get(self._held[2]))
             self._held = None
-        for loss, grad_norm in zip(metrics["loss"], metrics["grad_norm"], strict=True):
-            _require_finite(progress, float(loss), float(grad_norm))
+        self._require_learning(progress, metrics)
+        return metrics["skipped_in_a_row"] == 0
 
     def _emit(self, progress: Progress, rate: float, metrics: Metrics) -> None:
         self._report(
@@ -201,11 +217,19 @@ class _History:
                 "loss": float(metrics["loss"]),
                 "learning_rate": rate,
                 "grad_norm": float(metrics["grad_norm"]),
+                "skipped_steps": int(metrics["skipped"]),
                 **self._speed,
                 "seconds": self._ledger.wall_seconds,
             }
         )
-        _require_finite(progress, float(metrics["loss"]), float(metrics["grad_norm"]))
+        self._require_learning(progress, metrics)
+
+    def _require_learning(self, progress: Progress, metrics: Mapping[str, Any]) -> None:
+        """Fetched metrics of one step."""
+        in_a_row = int(metrics["skipped_in_a_row"])
+        if in_a_row >= self._max_skipped:
+            numbers = f"the loss is {metrics['loss']:.4g}, the gradient's norm {metrics['grad_norm']:.4g}"
+            raise Diverged(progress, f"{in_a_row} steps in a row were skipped; {numbers}")
 
     def _measure(self, done: Progress) -> None:
         """The speed since the last measurement; it stands where no further step is done since."""
@@ -226,8 +250,3 @@ class _History:
 
 def _is_done(metrics: Metrics) -> bool:
     return all(value.is_ready() for value in metrics.values())
-
-
-def _require_finite(progress: Progress, loss: float, grad_norm: float) -> None:
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Diverged(progress, loss, grad_norm)

@@ -134,6 +134,7 @@ def training_line(record: Mapping[str, Any], eta_seconds: float | None) -> str:
         ("lr {:.1e}", record["learning_rate"]),
         ("grad {:.2f}", record["grad_norm"]),
         ("data wait {:.1%}", record["data_wait_fraction"]),
+        *([("skipped {}", record["skipped_steps"])] if record.get("skipped_steps") else []),
     )
     return "  ".join(
         re.sub("{.*}", "unknown", form) if value is None else form.format(value).replace("%", " %")

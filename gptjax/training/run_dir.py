@@ -14,14 +14,15 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from gptjax.checks import require
 from gptjax.config import Config
-from gptjax.config_files import differences, from_dict, replace_fields, to_dict
+from gptjax.config_files import differences, flat, from_dict, replace_fields, to_dict
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
 from gptjax.training.metrics import metrics_line, read_metrics
@@ -47,6 +48,7 @@ MAY_CHANGE = (
     "training.sample_*",
     "training.steps_per_dispatch",
     "training.log_to",
+    "guard.*",
     "checkpoint.*",
 )
 
@@ -200,28 +202,39 @@ def _runs_beside(path: Path) -> str:
     return ", ".join(difflib.get_close_matches(path.parent.name, runs, n=5, cutoff=0)) or "none"
 
 
-def merge_resume(saved: Config, requested: Config) -> tuple[Config, dict[str, tuple[Any, Any]]]:
+def merge_resume(
+    saved: Config, requested: Config, accepted: Collection[str] = ()
+) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     """The configuration with which a run goes on.
 
     Fields that the request leaves open are the saved run's, except those of `mesh`, which are derived anew from
     the devices at hand. In particular the learning rate keeps its schedule when `training.steps` grows.
 
+    Args:
+        accepted: fields that may change although they decide what the run has learned so far.
+
     Returns:
         The configuration, and the fields that change as `{"section.field": (saved, requested)}`.
 
     Raises:
-        UserError: fields differ that decide what the run has learned so far; all of them are listed.
+        UserError: fields differ that decide what the run has learned so far, all of which are listed; or a field is
+            accepted that there is not.
     """
     changes = differences(saved, requested)
     left_open = {name: before for name, (before, after) in changes.items() if after is None}
     left_open = {name: before for name, before in left_open.items() if not name.startswith("mesh.")}
     changes = {name: change for name, change in changes.items() if change[1] is not None}
-    refused = [name for name in changes if not any(fnmatch.fnmatch(name, pattern) for pattern in MAY_CHANGE)]
+    known = flat(saved)
+    for name in accepted:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        require(name in known, f"--accept-changes {name} names no field of the configuration; did you mean {near}?")
+    may_change = (*MAY_CHANGE, *accepted)
+    refused = [name for name in changes if not any(fnmatch.fnmatch(name, pattern) for pattern in may_change)]
     if refused:
         listed = ", ".join(f"{name} {changes[name][0]} → {changes[name][1]}" for name in refused)
         raise UserError(
             f"{saved.run_dir} was made with another configuration: {listed}; "
-            "leave these as they were, or choose another --run-dir"
+            f"leave these as they were, choose another --run-dir, or go on with --accept-changes {' '.join(refused)}"
         )
     return replace_fields(requested, left_open), changes
 

@@ -16,10 +16,21 @@ class Progress(NamedTuple):
     step: int = 0
     sequences: int = 0
     tokens: int = 0
+    left_out: int = 0
+    """Sequences that were passed over, because the run diverged on them."""
+
+    @property
+    def position(self) -> int:
+        """Of the next sequence, in the order of the data."""
+        return self.sequences + self.left_out
 
     def advance(self, sequences: int, context_length: int) -> "Progress":
         """The progress after one more step of so many sequences."""
-        return Progress(self.step + 1, self.sequences + sequences, self.tokens + sequences * context_length)
+        return self._replace(
+            step=self.step + 1,
+            sequences=self.sequences + sequences,
+            tokens=self.tokens + sequences * context_length,
+        )
 
 
 def learning_rate(config: OptimizerConfig, progress: Progress) -> float:

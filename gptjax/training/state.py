@@ -1,4 +1,4 @@
-"""What a step carries: parameters, optimizer state and the step's number."""
+"""What a step carries: parameters, optimizer state, the step's number, and what the next step is judged by."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import optax
 
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
+from gptjax.training.guard import Guard, init_guard
 
 
 class TrainState(NamedTuple):
@@ -17,6 +18,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Params
     optimizer: Any
+    guard: Guard
 
 
 def init_params(model: GPT, key: jax.Array) -> Params:
@@ -44,7 +46,7 @@ def abstract_state(model: GPT, optimizer: optax.GradientTransformation) -> Train
 
 def _new_state(model: GPT, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     params = init_params(model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_guard())
 
 
 def _concrete(shapes: Any) -> Any:

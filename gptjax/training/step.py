@@ -12,6 +12,7 @@ import optax
 
 from gptjax.model.gpt import Params
 from gptjax.parallel.precision import compute_copy
+from gptjax.training.guard import judge
 from gptjax.training.losses import Batch, Loss
 from gptjax.training.state import TrainState
 
@@ -27,13 +28,15 @@ def make_train_step(
     dropout_seed: int | None,
     accumulates: bool,
     steps_per_dispatch: int = 1,
+    spike_sigmas: float = 0.0,
 ) -> TrainStep:
     """Compile `train_step(state, batch, num_micro_K, learning_rate_K, num_steps) -> (state, metrics)`.
 
     The state is donated. `batch` leaves are (K, A, B, ...); step k uses the first `num_micro_K[k]`
     micro-batches. All counts are traced, so that a growing batch and a dispatch cut short by an interval
     run the same program. Metrics are (K,) arrays: `loss` (nats a token, without z-loss), `grad_norm`
-    (before clipping), `weight` (predicted tokens).
+    (before clipping), `weight` (predicted tokens), `skipped` (steps so far that changed nothing) and
+    `skipped_in_a_row` (those since the last that did).
 
     Args:
         loss: as described in `losses.py`.
@@ -42,6 +45,7 @@ def make_train_step(
         dropout_seed: seed of the dropout; None: no dropout.
         accumulates: whether a step may have more than one micro-batch.
         steps_per_dispatch: K.
+        spike_sigmas: as `judge` takes it: a step that it skips leaves parameters and optimizer state as they are.
     """
 
     def gradients(params: Params, batch: Batch, num_micro: jax.Array, key: jax.Array | None):
@@ -67,14 +71,19 @@ def make_train_step(
         grads, sums = gradients(state.params, batch, num_micro, key)
         weight = jnp.where(sums["weight"] > 0, sums["weight"], 1.0)  # a batch without labels has no gradient
         grads = jax.tree.map(lambda g: g / weight, grads)
+        loss, grad_norm = sums["nll"] / weight, optax.tree.norm(grads)
+        counts, guard = judge(state.guard, loss, grad_norm, spike_sigmas)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        params = jax.tree.map(lambda p, u: jnp.where(counts, p - learning_rate * u, p), state.params, updates)
+        optimizer_state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), optimizer_state, state.optimizer)
         metrics = {
-            "loss": sums["nll"] / weight,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": loss,
+            "grad_norm": grad_norm,
             "weight": sums["weight"],
+            "skipped": state.step + 1 - guard.counted,
+            "skipped_in_a_row": guard.in_a_row,
         }
-        return TrainState(state.step + 1, params, optimizer_state), metrics
+        return TrainState(state.step + 1, params, optimizer_state, guard), metrics
 
     def train_step(state, batch, num_micro_K, learning_rate_K, num_steps):
         def at(index):

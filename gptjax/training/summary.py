@@ -18,7 +18,7 @@ def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger,
     """The last values of a run's metrics and what it cost.
 
     Args:
-        stopped: why the run ended: `finished`, `preempted`, `interrupted` or `diverged`.
+        stopped: why the run ended: `finished`, `preempted`, `interrupted`, `diverged` or `corrupted`.
     """
     records = read_metrics(directory / METRICS_FILE)
 
@@ -35,6 +35,7 @@ def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger,
         "parameters": parameters,
         "step": progress.step,
         "tokens": progress.tokens,
+        "skipped_steps": last("skipped_steps"),
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
         "mfu": utilizations[len(utilizations) // 2] if utilizations else None,
         "wall_seconds": ledger.wall_seconds,

@@ -1,16 +1,18 @@
 """The loop, fed with a step and a stream that write down what happens to them."""
 
+import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import CheckpointConfig, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from gptjax.config import CheckpointConfig, Config, GuardConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gptjax.training.ledger import Ledger
-from gptjax.training.loop import Callbacks, Diverged, fit
+from gptjax.training.loop import Callbacks, Corrupted, Diverged, fit
 from gptjax.training.schedule import Progress, batch_size, learning_rate
 
 T, MICRO = 4, 2
@@ -66,7 +68,8 @@ def run(config, start=Progress(), stop_after=None):  # noqa: B008
         events.append(("dispatch", state))
         CLOCK[0] += num_steps
         numbers = np.arange(state - num_steps + 1, state - num_steps + 1 + len(learning_rate_K), dtype=np.float32)
-        return state, dict.fromkeys(("loss", "grad_norm", "weight"), jnp.asarray(numbers))
+        metrics = dict.fromkeys(("loss", "grad_norm", "weight"), jnp.asarray(numbers))
+        return state, metrics | dict.fromkeys(("skipped", "skipped_in_a_row"), jnp.zeros(len(numbers), jnp.int32))
 
     def evaluate(state):
         events.append(("evaluate", state))
@@ -216,8 +219,8 @@ def test_a_finished_run_does_nothing():
 def test_lines_have_the_names_of_the_documentation():
     """Scripts read these names; unknown speed, before a step beyond the compiling one, is None and no number."""
     _, lines, _, _ = run(make_config(steps=1, log=1))
-    names = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "data_wait_fraction")
-    assert list(lines[0]) == [*names, "seconds"]
+    names = ("step", "tokens", "loss", "learning_rate", "grad_norm", "skipped_steps", "tokens_per_second", "mfu")
+    assert list(lines[0]) == [*names, "data_wait_fraction", "seconds"]
     assert lines[0]["tokens_per_second"] is lines[0]["mfu"] is lines[0]["data_wait_fraction"] is None
 
 
@@ -246,10 +249,11 @@ def test_waiting_for_data_shows(monkeypatch):
 
 
 def test_seconds_go_on_from_earlier_processes(monkeypatch):
-    """The kinds sum to the wall time of all processes; what no block counts is the steps'."""
+    """The kinds sum to the wall time of all processes; what no block counts is the steps'; and the time of steps that
+    are undone is lost."""
     clock = [5.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    ledger = Ledger(before={"data": 10.0, "step": 100.0})
+    ledger = Ledger(before={"data": 10.0, "step": 100.0, "lost": 20.0}, started=-3.0)
     with ledger("data"):
         clock[0] += 2
     with ledger(lambda: None):
@@ -257,33 +261,89 @@ def test_seconds_go_on_from_earlier_processes(monkeypatch):
     with ledger("evaluation"):
         clock[0] += 4
     clock[0] += 1
-    assert ledger.seconds == {"compile": 0, "data": 12, "evaluation": 4, "sample": 0, "checkpoint": 0, "step": 104}
-    assert ledger.wall_seconds == 120
+    expected = {"start": 8, "compile": 0, "data": 12, "evaluation": 4, "sample": 0, "checkpoint": 0, "lost": 20}
+    assert ledger.seconds == expected | {"step": 104}
+    assert ledger.wall_seconds == 148
     assert ledger.productive_seconds == 116
+    at_the_checkpoint = ledger.seconds
+    clock[0] += 7
+    ledger.lose(since=at_the_checkpoint)
+    assert ledger.seconds == expected | {"step": 104, "lost": 27}
+    assert ledger.wall_seconds == 155
 
 
-@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
-@pytest.mark.parametrize("log", [1, 7])
-def test_what_is_not_finite_is_never_saved(log, bad):
-    """From the first step whose loss or gradient is no number nothing is saved, whether or not that step is logged."""
-    events, lines = [], []
+def fit_skipping(config, skipped, evaluate=lambda state: {}):
+    """Train with a step that skips the steps for which `skipped` is true; the steps that are saved, and the lines."""
+    saved, lines = [], []
+    row = [0]
 
     def train_step(state, batch, num_micro_K, learning_rate_K, num_steps):
-        numbers = np.ones(len(learning_rate_K), np.float32)
-        broken = np.where(np.arange(state + 1, state + 1 + len(numbers)) >= 6, np.nan, numbers)
-        return state + num_steps, {
-            name: jnp.asarray(broken if name == bad else numbers) for name in ("loss", "grad_norm", "weight")
-        }
+        in_a_row = np.zeros(len(learning_rate_K), np.int32)
+        for k in range(num_steps):
+            row[0] = row[0] + 1 if skipped(state + k + 1) else 0
+            in_a_row[k] = row[0]
+        values = {"skipped_in_a_row": in_a_row, "skipped": in_a_row, "loss": np.where(in_a_row, np.nan, 1.0)}
+        values["grad_norm"] = np.ones_like(values["loss"])
+        return state + num_steps, jax.tree.map(jnp.asarray, values)
 
     callbacks = Callbacks(
         report=lines.append,
-        evaluate=lambda state: {},
-        save=lambda state, progress, evaluation: events.append(state),
+        evaluate=evaluate,
+        save=lambda state, progress, evaluation: saved.append(state),
         sample=lambda state, progress: None,
         should_stop=lambda: False,
     )
-    config = make_config(steps=20, log=log, save=4)
-    with pytest.raises(Diverged, match=r"nan") as error:
+    try:
         fit(config, 0, Progress(), train_step, CountingStream(0), callbacks, Ledger(), mfu_per_token_rate=None)
-    assert events == [4]
-    assert 6 <= error.value.progress.step <= 8
+    except Diverged as error:
+        return saved, lines, error
+    return saved, lines, None
+
+
+@pytest.mark.parametrize("log", [1, 2, 7])
+@pytest.mark.parametrize("per_dispatch", [1, 3])
+def test_a_run_that_skips_step_after_step_has_diverged(log, per_dispatch):
+    """With ten in a row, noticed at the next line or two; in the meantime nothing is saved, for it may be ruined."""
+    config = make_config(steps=60, log=log, save=4, per_dispatch=per_dispatch)
+    saved, _, error = fit_skipping(config, lambda step: step >= 6)
+    assert saved == [4]
+    assert 15 <= error.progress.step <= 15 + 2 * log + per_dispatch
+    assert "steps in a row were skipped; the loss is nan" in str(error)
+
+
+def test_a_save_waits_for_a_step_that_counts():
+    """A checkpoint that falls on skipped steps is made after them, and the others where they belong."""
+    saved, lines, error = fit_skipping(make_config(steps=20, log=1, save=4), lambda step: 7 <= step <= 9)
+    assert error is None
+    assert saved == [4, 10, 12, 16, 20]
+    assert [line["skipped_steps"] for line in lines if "loss" in line][5:11] == [0, 1, 2, 3, 0, 0]
+
+
+def test_what_was_skipped_last_is_saved_at_the_end():
+    assert fit_skipping(make_config(steps=6, save=4), lambda step: step >= 5)[0] == [4, 6]
+
+
+def test_an_evaluation_that_is_no_number_is_a_divergence():
+    config = make_config(steps=9, evaluate=3, save=3)
+    saved, _, error = fit_skipping(config, lambda step: False, lambda state: {"val_loss": [1.0, np.nan][state > 3]})
+    assert saved == [3]
+    assert error.progress.step == 6
+
+
+@pytest.mark.parametrize("per_dispatch", [1, 4])
+def test_steps_are_computed_twice_at_their_interval(per_dispatch, monkeypatch):
+    """Whatever else cuts dispatches; and a difference ends the run at once."""
+    twice = []
+
+    def run_twice(train_step, state, *arguments):
+        state, metrics = train_step(state, *arguments)
+        twice.append(state)
+        return state, metrics, ["params.w", "params.b"] if state == 15 else []
+
+    monkeypatch.setattr("gptjax.training.loop.run_twice", run_twice)
+    config = make_config(steps=20, log=7, save=3, per_dispatch=per_dispatch)
+    config = dataclasses.replace(config, guard=GuardConfig(rerun_every_steps=5))
+    with pytest.raises(Corrupted, match=r"step 15, .* two params.w and 1 more") as error:
+        run(config)
+    assert error.value.progress.step == 15
+    assert twice == [5, 10, 15]

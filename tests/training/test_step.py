@@ -15,6 +15,7 @@ from gptjax.config import Config, MeshConfig, OptimizerConfig, TrainingConfig
 from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh, one_device_mesh
+from gptjax.training.guard import init_guard
 from gptjax.training.loop import next_batch
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optimizer import make_optimizer
@@ -34,7 +35,7 @@ MESHES = [
 
 def bigram_state():
     params = {"embedding": jnp.asarray(np.random.default_rng(1).normal(size=(V, V)), jnp.float32)}
-    return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, OPTIMIZER.init(params), init_guard())
 
 
 def bigram_apply(variables, tokens, dropout_key):

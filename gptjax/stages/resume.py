@@ -1,0 +1,115 @@
+"""How a run goes on: what may differ from before, where it stood, and what its logs say of steps to come again."""
+
+import dataclasses
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+import optax
+
+from gptjax.config import Config
+from gptjax.data.shards import PreparedData
+from gptjax.errors import UserError
+from gptjax.model.gpt import GPT
+from gptjax.parallel import distributed
+from gptjax.resolve import refit_mesh
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training import checkpoint, run_dir
+from gptjax.training.loop import Callbacks, is_due
+from gptjax.training.metrics import METRICS_FILE, Console, read_metrics
+from gptjax.training.schedule import Progress
+from gptjax.training.state import TrainState, abstract_state, init_state
+
+
+def merge_with_saved(config: Config, directory: Path, accepted: Collection[str], console: Console) -> Config:
+    """The configuration with which the run in this folder goes on; what changes is said.
+
+    Raises:
+        UserError: as `run_dir.merge_resume`.
+    """
+    saved, environment = run_dir.load_run_config(directory)
+    config = dataclasses.replace(config, mesh=refit_mesh(saved.mesh, config.mesh, jax.device_count()))
+    config, changes = run_dir.merge_resume(saved, config, accepted)
+    for field, (old, new) in changes.items():
+        console.message(f"changed for this run: {field} {old} → {new}")
+    rounding = [field for field in changes if field.startswith(("mesh.", "model."))]
+    for line in [*rounding, *run_dir.environment_changes(environment, run_dir.environment())]:
+        console.message(f"from here on not bit-identical to an uninterrupted run: {line}")
+    if "training.steps" in changes:
+        floor = config.optimizer.peak_learning_rate * config.optimizer.final_learning_rate_fraction
+        console.message(f"the learning rate keeps its schedule to step {config.optimizer.decay_steps}, then {floor:g}")
+    return config
+
+
+def check_same_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        UserError: it is not the run's.
+    """
+    if Tokenizer.load(directory / run_dir.TOKENIZER_FILE).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"the text of data.path makes another tokenizer than the one {directory} was trained with; "
+            "give the data it was trained on, or start a new run with another --run-dir"
+        )
+
+
+def start(
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    directory: Path,
+    data: PreparedData,
+    new_text: bool,
+) -> tuple[TrainState, Progress, dict[str, float]]:
+    """The state of the newest checkpoint, or a fresh one; its progress; and the seconds it took so far, by kind.
+
+    Args:
+        new_text: the text may be another than before.
+
+    Raises:
+        UserError: it is, and may not; or as `checkpoint.restore`.
+    """
+    checkpoints = directory / run_dir.CHECKPOINTS
+    steps = checkpoint.all_steps(checkpoints)
+    if not steps:
+        return init_state(model, optimizer, config.training.seed), Progress(), {}
+    metadata = checkpoint.read_metadata(checkpoints, steps[-1])
+    if metadata["data"] != data.index.content_fingerprint and not new_text:
+        raise UserError(
+            f"the tokens in {data.folder} are not those that {directory} was trained on: the text of data.path has "
+            "changed; bring it back, start a new run with another --run-dir, or go on with --accept-changes data.path"
+        )
+    state, _ = checkpoint.restore(checkpoints, steps[-1], abstract_state(model, optimizer))
+    return state, Progress(**metadata["progress"]), metadata["seconds"]
+
+
+def count_lost(directory: Path, seconds: dict[str, float]) -> dict[str, float]:
+    """The seconds of a run so far, with those that an earlier process reported after the checkpoint as lost."""
+    if not (directory / METRICS_FILE).exists():
+        return seconds
+    told = [record["seconds"] for record in read_metrics(directory / METRICS_FILE) if "seconds" in record]
+    lost = max(0.0, (told or [0.0])[-1] - sum(seconds.values()))
+    return seconds | {"lost": seconds.get("lost", 0.0) + lost}
+
+
+def cut_back(directory: Path, step: int) -> None:
+    """Drop what the run's logs say of steps after the restored one: they come again."""
+    run_dir.cut_metrics(directory / METRICS_FILE, step)
+    samples = directory / run_dir.SAMPLES_FILE
+    if samples.exists():
+        sections = re.split(r"^(?=## step \d+$)", samples.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        kept = [s for s in sections if not (match := re.match(r"## step (\d+)", s)) or int(match[1]) <= step]
+        run_dir.write_text(samples, "".join(kept))
+
+
+def make_up_evaluation(
+    config: Config, directory: Path, state: TrainState, progress: Progress, calls: Callbacks
+) -> None:
+    """Evaluate the restored step if the run was told to stop at it, just before its evaluation."""
+    if progress.step == 0 or not is_due(config.training.eval_every_steps, progress.step, config.training.steps):
+        return
+    records = read_metrics(directory / METRICS_FILE) if distributed.is_first() else []
+    found = any(record["step"] == progress.step and "val_loss" in record for record in records)
+    if not distributed.gather_text("evaluated" if found else "")[0]:
+        calls.report({"step": progress.step, "tokens": progress.tokens, **calls.evaluate(state)})

@@ -1,0 +1,60 @@
+"""Which steps count: one whose gradient is not finite, or whose loss or gradient leaps up, changes nothing.
+
+Both are judged inside the compiled step, so that no host waits for the verdict. Shape suffix: W steps of the window.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+WINDOW = 128
+"""Steps over which what is usual is measured; as many come before one is skipped for not being usual."""
+
+
+class Guard(NamedTuple):
+    """What the next step is judged by."""
+
+    losses_W: jax.Array
+    """Of the last steps that counted, in no order."""
+    grad_norms_W: jax.Array
+    counted: jax.Array
+    """Steps so far that changed the model."""
+    in_a_row: jax.Array
+    """Steps since the last of them, all skipped."""
+
+
+def init_guard() -> Guard:
+    """Before the first step."""
+    # Four arrays, for a state is donated, and no buffer can be given away twice.
+    return Guard(*(jnp.zeros(WINDOW, jnp.float32) for _ in range(2)), *(jnp.zeros((), jnp.int32) for _ in range(2)))
+
+
+def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_sigmas: float) -> tuple[jax.Array, Guard]:
+    """Whether a step counts, and the guard after it.
+
+    It does if both numbers are finite and neither is more than `spike_sigmas` standard deviations above its mean over
+    the last 128 steps that counted (OLMo 2, Walsh et al. 2025, skips by the same rule). What was skipped is not taken
+    for usual: else a few leaps would be enough to let the rest of them pass.
+
+    Args:
+        loss: of the step's batch, float32.
+        grad_norm: global norm before clipping; not finite if any number of the gradient is not.
+        spike_sigmas: 0: only what is not finite is skipped.
+    """
+
+    def usual(value: jax.Array, last_W: jax.Array) -> jax.Array:
+        return (guard.counted < WINDOW) | (value <= last_W.mean() + spike_sigmas * last_W.std())
+
+    def remember(last_W: jax.Array, value: jax.Array) -> jax.Array:
+        return last_W.at[guard.counted % WINDOW].set(jnp.where(counts, value, last_W[guard.counted % WINDOW]))
+
+    counts = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    if spike_sigmas:
+        counts &= usual(loss, guard.losses_W) & usual(grad_norm, guard.grad_norms_W)
+    return counts, Guard(
+        remember(guard.losses_W, loss),
+        remember(guard.grad_norms_W, grad_norm),
+        guard.counted + counts,
+        jnp.where(counts, 0, guard.in_a_row + 1),
+    )

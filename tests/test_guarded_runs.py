@@ -1,0 +1,144 @@
+"""Whole runs on bad batches, bad learning rates and bad machines."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train
+from gptjax import cli
+from gptjax.data.loader import RowStream
+from gptjax.stages import pretrain
+from gptjax.training import checkpoint
+from gptjax.training.losses import language_model_loss
+from gptjax.training.metrics import read_metrics
+from gptjax.training.step import make_train_step
+
+
+def test_divergence_ends_honestly(inside, capsys):
+    """A learning rate that breaks the model for good: back to a checkpoint as often as allowed, then status 3."""
+    options = ["--optimizer.peak-learning-rate", "1e38", "--checkpoint.every-steps", "1", "--run-dir", "runs/diverged"]
+    assert train.main(["tiny.py", *options, "--optimizer.warmup-steps", "0"]) == cli.EXIT_OF["diverged"] == 3
+    assert "diverged: step" in capsys.readouterr().out
+    summary = json.loads((inside / "runs" / "diverged" / "summary.json").read_text())
+    assert summary["stopped"] == "diverged"
+    assert summary["step"] >= 1
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """The data from row 96 to row 128, steps 7 and 8, is poison: its loss is no number."""
+    take = RowStream.take
+
+    def take_poison(self, num_rows):
+        numbers = np.arange(self.position, self.position + num_rows)
+        rows = take(self, num_rows)
+        rows[(numbers >= 96) & (numbers < 128)] = 5
+        return rows
+
+    def poisonous_loss(model, *arguments):
+        loss = language_model_loss(model, *arguments)
+
+        def with_poison(params, batch, key):
+            total, sums = loss(params, batch, key)
+            poison = (batch["tokens"] == 5).all(axis=1).any()
+            return total * jnp.where(poison, jnp.nan, 1.0), sums | {"nll": jnp.where(poison, jnp.nan, sums["nll"])}
+
+        return with_poison
+
+    monkeypatch.setattr(RowStream, "take", take_poison)
+    monkeypatch.setattr(pretrain, "language_model_loss", poisonous_loss)
+
+
+def test_a_bad_batch_is_skipped(inside, poisoned, capsys):
+    """Two steps whose loss is no number are skipped, counted and told, and the run goes on as if they had not been."""
+    assert train.main(["tiny.py", "--run-dir", "runs/poisoned"]) == 0
+    records = read_metrics(inside / "runs" / "poisoned" / "metrics.jsonl")
+    lines = {record["step"]: record for record in records if "loss" in record}
+    assert [lines[step]["skipped_steps"] for step in (6, 7, 8, 9, 12)] == [0, 1, 2, 2, 2]
+    assert lines[7]["loss"] is lines[8]["grad_norm"] is None
+    assert lines[12]["loss"] < lines[1]["loss"]
+    assert "skipped 2" in capsys.readouterr().out
+    assert json.loads((inside / "runs" / "poisoned" / "summary.json").read_text())["skipped_steps"] == 2
+
+
+def test_a_diverged_run_goes_back_and_leaves_the_batches_out(inside, poisoned, capsys):
+    """Two skipped steps are a divergence here: the run returns to step 4, sees other data in steps 5 and 6, and ends
+    at its last step with every loss a number. Its logs say what happened, and its account counts the lost time."""
+    assert train.main(["tiny.py", "--guard.max-skipped", "2", "--run-dir", "runs/rolled-back"]) == 0
+    directory = inside / "runs" / "rolled-back"
+    records = read_metrics(directory / "metrics.jsonl")
+    events = [record for record in records if "rolled_back_from" in record]
+    assert [(event["step"], event["rolled_back_from"], event["left_out_sequences"]) for event in events] == [(4, 8, 64)]
+    lines = [record for record in records if "loss" in record]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert None not in [line["loss"] for line in lines]
+    output = capsys.readouterr().out
+    assert "diverged: step 8: 2 steps in a row were skipped" in output
+    assert "back to step 4, and on without the 64 sequences since; 2 tries are left" in output
+    metadata = checkpoint.read_metadata(directory / "checkpoints", 12)
+    assert metadata["progress"] == {"step": 12, "sequences": 12 * 16, "tokens": 12 * 16 * 16, "left_out": 64}
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["seconds"]["lost"] > 0
+    assert sum(summary["seconds"].values()) == pytest.approx(summary["wall_seconds"])
+
+
+def test_a_run_without_a_checkpoint_to_go_back_to_has_diverged(inside, poisoned, capsys):
+    options = ["--guard.max-skipped", "2", "--checkpoint.every-steps", "0", "--run-dir", "runs/nowhere-to-go"]
+    assert train.main(["tiny.py", *options]) == cli.EXIT_OF["diverged"]
+    assert "back to step" not in capsys.readouterr().out
+
+
+def test_a_machine_that_computes_wrong_ends_the_run(inside, monkeypatch, capsys):
+    """The second computation of step 9 has one other bit in one parameter: status 4, before anything is saved of it."""
+    calls = []
+
+    def faulty(*arguments, **settings):
+        train_step = make_train_step(*arguments, **settings)
+
+        def step(*arguments):
+            calls.append(len(calls) + 1)
+            state, metrics = train_step(*arguments)
+            if calls[-1] == 11:  # steps 1 to 3, 3 again, 4 to 6, 6 again, 7 to 9
+                leaves, tree = jax.tree.flatten(state.params)
+                leaves[0] = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(leaves[0], jnp.uint32) ^ 1, "f4")
+                state = state._replace(params=jax.tree.unflatten(tree, leaves))
+            return state, metrics
+
+        return step
+
+    monkeypatch.setattr(pretrain, "make_train_step", faulty)
+    options = ["--guard.rerun-every-steps", "3", "--checkpoint.every-steps", "9", "--run-dir", "runs/faulty"]
+    assert train.main(["tiny.py", *options]) == cli.EXIT_OF["corrupted"] == 4
+    assert "corrupted: step 9, computed twice from the same state, gave two params." in capsys.readouterr().out
+    directory = inside / "runs" / "faulty"
+    assert json.loads((directory / "summary.json").read_text())["stopped"] == "corrupted"
+    assert [path.name for path in (directory / "checkpoints").iterdir() if path.name.isdigit()] == []
+
+
+def test_accepted_changes(inside, capsys):
+    """What a resume refuses can be accepted by name, on record; other text too, with the tokenizer that the run has."""
+    arguments = ["tiny.py", "--run-dir", "runs/accepting", "--training.steps"]
+    assert train.main([*arguments, "4"]) == 0
+    changed = [*arguments, "8", "--optimizer.beta2", "0.9"]
+    with pytest.raises(cli.UserError, match=r"beta2 0.95 → 0.9; .* or go on with --accept-changes optimizer.beta2$"):
+        train.main(changed)
+    with pytest.raises(cli.UserError, match=r"names no field .*; did you mean optimizer.beta2\?"):
+        train.main([*changed, "--accept-changes", "optimizer.bata2"])
+    capsys.readouterr()
+    assert train.main([*changed, "--accept-changes", "optimizer.beta2"]) == 0
+    assert "changed for this run: optimizer.beta2 0.95 → 0.9" in capsys.readouterr().out
+    assert json.loads((inside / "runs" / "accepting" / "config.json").read_text())["optimizer"]["beta2"] == 0.9
+
+    tokenizer = (inside / "runs" / "accepting" / "tokenizer.json").read_bytes()
+    (inside / "other").mkdir()
+    for file in sorted((inside / "corpus").iterdir())[:120]:
+        (inside / "other" / file.name).write_text(file.read_text().upper())
+    other = ["runs/accepting", "--training.steps", "12", "--data.path", "other"]
+    with pytest.raises(cli.UserError, match=r"data.path .* or go on with --accept-changes data.path"):
+        train.main(other)
+    assert train.main([*other, "--accept-changes", "data.path"]) == 0
+    assert (inside / "runs" / "accepting" / "tokenizer.json").read_bytes() == tokenizer
+    assert "steps 8 to 12" in capsys.readouterr().out
