@@ -80,7 +80,7 @@ def test_package_is_lazy_and_complete():
 
 
 def test_overrides_change_the_named_field_only():
-    config, name, _ = cli.parse_train(["--model.num-layers", "2", "--data.path", "a.txt", "b"], QUICKSTART)
+    config, name, *_ = cli.parse_train(["--model.num-layers", "2", "--data.path", "a.txt", "b"], QUICKSTART)
     default, *_ = cli.parse_train([], QUICKSTART)
     assert name == "quickstart"
     assert (config.model.num_layers, config.data.path) == (2, ("a.txt", "b"))

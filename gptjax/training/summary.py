@@ -25,6 +25,7 @@ def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger,
     def last(name: str) -> Any:
         return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
 
+    seconds = ledger.seconds  # once, for time goes on
     speeds = sorted(record["tokens_per_second"] for record in records if record.get("tokens_per_second"))
     utilizations = sorted(record["mfu"] for record in records if record.get("mfu"))
     return {
@@ -38,9 +39,9 @@ def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger,
         "skipped_steps": last("skipped_steps"),
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
         "mfu": utilizations[len(utilizations) // 2] if utilizations else None,
-        "wall_seconds": ledger.wall_seconds,
-        "productive_seconds": ledger.productive_seconds,
-        "seconds": ledger.seconds,
+        "wall_seconds": sum(seconds.values()),
+        "productive_seconds": seconds["step"] + seconds["data"],
+        "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "stopped": stopped,
     }
