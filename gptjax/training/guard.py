@@ -34,8 +34,9 @@ def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_sigmas: flo
     """Whether a step counts, and the guard after it.
 
     It does if both numbers are finite and neither is more than `spike_sigmas` standard deviations above its mean over
-    the last 128 steps that counted (OLMo 2, Walsh et al. 2025, skips by the same rule). What was skipped is not taken
-    for usual: else a few leaps would be enough to let the rest of them pass.
+    the last 128 steps that counted (OLMo 2, Walsh et al. 2025, skips by the same rule). A gradient norm must also be
+    twice its mean to be skipped: its tail is long, and six deviations of it are often no more than half as much again.
+    What was skipped is not taken for usual: else a few leaps would be enough to let the rest of them pass.
 
     Args:
         loss: of the step's batch, float32.
@@ -43,15 +44,16 @@ def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_sigmas: flo
         spike_sigmas: 0: only what is not finite is skipped.
     """
 
-    def usual(value: jax.Array, last_W: jax.Array) -> jax.Array:
-        return (guard.counted < WINDOW) | (value <= last_W.mean() + spike_sigmas * last_W.std())
+    def limit(last_W: jax.Array) -> jax.Array:
+        return last_W.mean() + spike_sigmas * last_W.std()
 
     def remember(last_W: jax.Array, value: jax.Array) -> jax.Array:
         return last_W.at[guard.counted % WINDOW].set(jnp.where(counts, value, last_W[guard.counted % WINDOW]))
 
     counts = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if spike_sigmas:
-        counts &= usual(loss, guard.losses_W) & usual(grad_norm, guard.grad_norms_W)
+        norm_limit = jnp.maximum(limit(guard.grad_norms_W), 2 * guard.grad_norms_W.mean())
+        counts &= (guard.counted < WINDOW) | ((loss <= limit(guard.losses_W)) & (grad_norm <= norm_limit))
     return counts, Guard(
         remember(guard.losses_W, loss),
         remember(guard.grad_norms_W, grad_norm),

@@ -60,10 +60,21 @@ def test_what_is_no_number_never_counts(usual, bad, spike_sigmas, seen):
 
 
 def test_a_leap_of_the_gradient_alone_is_skipped(usual):
-    counts, _ = judge(usual[1], jnp.float32(3.0), jnp.float32(1.2), spike_sigmas=6.0)
-    assert not counts
-    counts, _ = judge(usual[1], jnp.float32(3.0), jnp.float32(1.2), spike_sigmas=0.0)
-    assert counts
+    """At twice the mean and six deviations: here the first is further up; with wilder norms the second."""
+
+    def counts(guard, norm, spike_sigmas=6.0):
+        return bool(judge(guard, jnp.float32(3.0), jnp.float32(norm), spike_sigmas=spike_sigmas)[0])
+
+    losses, calm = usual
+    assert counts(calm, 1.9)
+    assert not counts(calm, 2.1)
+    assert counts(calm, 2.1, spike_sigmas=0.0)
+    norms = 1 + 0.5 * DRAW.random(WINDOW)
+    wild, _ = after(losses, 4 * norms - 3)
+    limit = 4 * (norms.mean() + 6 * norms.std()) - 3
+    assert limit > 2 * (4 * norms.mean() - 3)
+    assert counts(wild, limit - 0.01)
+    assert not counts(wild, limit + 0.01)
 
 
 def test_nothing_is_unusual_before_the_window_is_full():
