@@ -1,20 +1,15 @@
 """Whole runs on bad batches, bad learning rates and bad machines."""
 
 import json
+import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import train
+from benchmarks.injection import flipped_bit, scaled_rows
 from gptjax import cli
-from gptjax.data.loader import RowStream
-from gptjax.stages import pretrain
 from gptjax.training import checkpoint
-from gptjax.training.losses import language_model_loss
 from gptjax.training.metrics import read_metrics
-from gptjax.training.step import make_train_step
 
 
 def test_divergence_ends_honestly(inside, capsys):
@@ -28,28 +23,10 @@ def test_divergence_ends_honestly(inside, capsys):
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
+def poisoned():
     """The data from row 96 to row 128, steps 7 and 8, is poison: its loss is no number."""
-    take = RowStream.take
-
-    def take_poison(self, num_rows):
-        numbers = np.arange(self.position, self.position + num_rows)
-        rows = take(self, num_rows)
-        rows[(numbers >= 96) & (numbers < 128)] = 5
-        return rows
-
-    def poisonous_loss(model, *arguments):
-        loss = language_model_loss(model, *arguments)
-
-        def with_poison(params, batch, key):
-            total, sums = loss(params, batch, key)
-            poison = (batch["tokens"] == 5).all(axis=1).any()
-            return total * jnp.where(poison, jnp.nan, 1.0), sums | {"nll": jnp.where(poison, jnp.nan, sums["nll"])}
-
-        return with_poison
-
-    monkeypatch.setattr(RowStream, "take", take_poison)
-    monkeypatch.setattr(pretrain, "language_model_loss", poisonous_loss)
+    with scaled_rows(96, 128, math.nan):
+        yield
 
 
 def test_a_bad_batch_is_skipped(inside, poisoned, capsys):
@@ -91,27 +68,12 @@ def test_a_run_without_a_checkpoint_to_go_back_to_has_diverged(inside, poisoned,
     assert "back to step" not in capsys.readouterr().out
 
 
-def test_a_machine_that_computes_wrong_ends_the_run(inside, monkeypatch, capsys):
+def test_a_machine_that_computes_wrong_ends_the_run(inside, capsys):
     """The second computation of step 9 has one other bit in one parameter: status 4, before anything is saved of it."""
-    calls = []
-
-    def faulty(*arguments, **settings):
-        train_step = make_train_step(*arguments, **settings)
-
-        def step(*arguments):
-            calls.append(len(calls) + 1)
-            state, metrics = train_step(*arguments)
-            if calls[-1] == 11:  # steps 1 to 3, 3 again, 4 to 6, 6 again, 7 to 9
-                leaves, tree = jax.tree.flatten(state.params)
-                leaves[0] = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(leaves[0], jnp.uint32) ^ 1, "f4")
-                state = state._replace(params=jax.tree.unflatten(tree, leaves))
-            return state, metrics
-
-        return step
-
-    monkeypatch.setattr(pretrain, "make_train_step", faulty)
     options = ["--guard.rerun-every-steps", "3", "--checkpoint.every-steps", "9", "--run-dir", "runs/faulty"]
-    assert train.main(["tiny.py", *options]) == cli.EXIT_OF["corrupted"] == 4
+    with flipped_bit(call=11) as calls:  # steps 1 to 3, 3 again, 4 to 6, 6 again, 7 to 9
+        assert train.main(["tiny.py", *options]) == cli.EXIT_OF["corrupted"] == 4
+    assert calls[-1] == 12
     assert "corrupted: step 9, computed twice from the same state, gave two params." in capsys.readouterr().out
     directory = inside / "runs" / "faulty"
     assert json.loads((directory / "summary.json").read_text())["stopped"] == "corrupted"
