@@ -383,6 +383,9 @@ class CheckpointConfig:
     """Newest checkpoints kept."""
     keep_best: int = 1
     """Checkpoints of the lowest validation loss kept."""
+    verify: bool = True
+    """Compare a checkpoint's checksums before a run goes on from it; else damage is only found where it cannot be
+    read."""
 
     def __post_init__(self):
         require_types("checkpoint.", self)

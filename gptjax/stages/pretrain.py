@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.resolve import memory_bytes, refit_mesh, resolve, resolve_mesh
 from gptjax.stages import callbacks, messages
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training import checkpoint, run_dir
+from gptjax.training import checkpoint, lock, recovery, run_dir
 from gptjax.training.ledger import Ledger
 from gptjax.training.loggers import Logger, open_loggers, require_packages
 from gptjax.training.loop import Callbacks, Diverged, fit, is_due
@@ -76,7 +76,7 @@ def train(
         with distributed.together():
             config = _with_mesh(config, console)
             require_packages(config.training.log_to)
-        with run_dir.writable(directory):
+        with run_dir.writable(directory), lock.hold(directory, console.message) as require_folder:
             distributed.check_shared(directory)
             if config.data.path == DataConfig().path:
                 console.message("no --data.path: training on the source code of Python's standard library")
@@ -89,20 +89,19 @@ def train(
                 _check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
             with jax.set_mesh(make_mesh(config.mesh)):
-                return _pretrain(config, directory, data, console)
+                return _pretrain(config, directory, data, console, require_folder)
 
 
-def _pretrain(config: Config, directory: Path, data: PreparedData, console: Console) -> dict[str, Any]:
+def _pretrain(
+    config: Config, directory: Path, data: PreparedData, console: Console, require_folder: Callable[[], None]
+) -> dict[str, Any]:
     """Everything from the first array to the summary, under the mesh."""
     sources, held_out = _training_rows(data, config), _rows(data.tokens("validation"), "validation split", config)
     _check_prompt(config, data.tokenizer)
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer)
-    with (
-        checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint) as manager,
-        stop_on_signals() as stop,
-        ExitStack() as opened,
-    ):
-        state, progress, seconds_before = _start(model, optimizer, config, directory, data)
+    with stop_on_signals() as stop, ExitStack() as opened:
+        state, progress, seconds_before = _start(model, optimizer, config, directory, data, console)
+        manager = opened.enter_context(checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint))
         loggers: Sequence[Logger] = ()
         if distributed.is_first():
             # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
@@ -120,7 +119,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
             evaluate=callbacks.evaluator(config, held_out, data.tokenizer),
             sample=callbacks.sampler(config, directory, data.tokenizer, console),
             save=callbacks.saver(config, manager, data, ledger),
-            should_stop=stop,
+            should_stop=callbacks.watcher(stop, manager, require_folder),
         )
         _make_up_evaluation(config, directory, state, progress, calls)
         try:
@@ -137,6 +136,7 @@ def _pretrain(config: Config, directory: Path, data: PreparedData, console: Cons
             stream.close()
         with ledger("checkpoint"):
             manager.wait_until_finished()
+        require_folder()
     if progress.step == config.training.steps and stopped != "diverged":
         stopped = "finished"
     summary = {"stopped": stopped, "step": progress.step}
@@ -246,20 +246,30 @@ def _rows(tokens: TokenArray, what: str, config: Config) -> TokenRows:
 
 
 def _start(
-    model: GPT, optimizer: optax.GradientTransformation, config: Config, directory: Path, data: PreparedData
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    directory: Path,
+    data: PreparedData,
+    console: Console,
 ) -> tuple[TrainState, Progress, dict[str, float]]:
-    """The state of the newest checkpoint, or a fresh one; its progress; and the seconds it took so far, by kind."""
+    """The state of the newest checkpoint that is not damaged, or a fresh one; its progress; its seconds by kind."""
     checkpoints = directory / run_dir.CHECKPOINTS
-    steps = checkpoint.all_steps(checkpoints)
-    if not steps:
+    if not checkpoint.all_steps(checkpoints):
         return init_state(model, optimizer, config.training.seed), Progress(), {}
-    metadata = checkpoint.read_metadata(checkpoints, steps[-1])
+    verify = config.checkpoint.verify
+    choice = recovery.choose(checkpoints, checkpoint.steps_by_age, verify=verify, glance=True)
+    metadata = checkpoint.read_metadata(checkpoints, choice.step)
     if metadata["data"] != data.index.content_fingerprint:
         raise UserError(
             f"the tokens in {data.folder} are not those that {directory} was trained on: the text of data.path has "
             "changed; bring it back, or start a new run with another --run-dir"
         )
-    state, _ = checkpoint.restore(checkpoints, steps[-1], abstract_state(model, optimizer))
+    state, _ = checkpoint.restore(checkpoints, choice.step, abstract_state(model, optimizer))
+    with distributed.together():
+        if distributed.is_first():
+            for line in recovery.tidy(checkpoints, choice):
+                console.message(line)
     return state, Progress(**metadata["progress"]), metadata["seconds"]
 
 
