@@ -49,9 +49,15 @@ def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> 
         # name: a step that is there has its checksums.
         async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: write_manifests(directory)),
     )
+    manager = open_manager(directory, options)
     try:
-        with open_manager(directory, options) as manager:
-            yield manager
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # a save that fails as well says less than what came first
+            manager.close()
+        raise
+    else:
+        manager.close()
     finally:
         remove_unfinished(directory)  # once more: after one thread has failed, others go on writing for a while
 

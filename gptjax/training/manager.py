@@ -115,7 +115,8 @@ def clear_failure(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = _system_cause(error)
+        gone = None if manager.directory.exists() else "the folder is no longer there"
+        cause = _system_cause(error) or gone
         if cause is None:
             raise
         remove_unfinished(manager.directory)

@@ -229,7 +229,7 @@ def test_a_failed_save_is_raised_by_the_next_and_leaves_the_older_steps(tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # as a full disk, for this process alone
         try:
             save(manager, 2, state, {})
-            with pytest.raises(UserError, match=r"could not be saved in .* \(File too large\); those that are there stay: 1$"):
+            with pytest.raises(UserError, match=r"could not be saved in .* \(File too large\); those .* stay: 1$"):
                 save(manager, 2, state, {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
