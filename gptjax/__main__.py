@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from gptjax import cli
-from gptjax.commands import attention, env, evaluate, prepare, tokenizer
+from gptjax.commands import attention, env, evaluate, prepare, tokenizer, verify
 from gptjax.errors import UserError
 
 COMMANDS = {
@@ -11,6 +11,7 @@ COMMANDS = {
     "tokenizer": tokenizer.main,
     "evaluate": evaluate.main,
     "attention": attention.main,
+    "verify": verify.main,
     "env": env.main,
 }
 

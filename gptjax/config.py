@@ -399,10 +399,13 @@ class CheckpointConfig:
 
     every_steps: int = 250
     """Steps between checkpoints. 0: only at the end or when told to stop."""
-    keep_newest: int = 1
-    """Newest checkpoints kept."""
+    keep_newest: int = 2
+    """Newest checkpoints kept: one that turns out damaged has one before it."""
     keep_best: int = 1
     """Checkpoints of the lowest validation loss kept."""
+    verify: bool = True
+    """Compare a checkpoint's checksums before a run goes on from it; else damage is only found where it cannot be
+    read."""
 
     def __post_init__(self):
         require_types("checkpoint.", self)

@@ -1,8 +1,10 @@
 """Settings of JAX's backends, which must be made before the first array. Only entry points call these."""
 
 import hashlib
+import logging
 import os
 import platform
+import sys
 from pathlib import Path
 
 DETERMINISTIC_GPU_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
@@ -18,8 +20,25 @@ def configure(*, deterministic: bool = False) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_dir()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    _quiet_storage()
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_GPU_FLAGS}".strip()
+
+
+def _quiet_storage() -> None:
+    """Let the one line stand alone that says why a checkpoint could not be saved.
+
+    Writes that were under way then find their event loop closed, and print a traceback each.
+    """
+    if sys.unraisablehook is not sys.__unraisablehook__:  # done already, or somebody else's
+        return
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
 def _cache_dir() -> Path:

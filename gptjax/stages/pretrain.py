@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from gptjax.resolve import memory_bytes, resolve, resolve_mesh
 from gptjax.stages import callbacks, messages, resume
 from gptjax.stages.rollback import Rollbacks
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training import checkpoint, run_dir
+from gptjax.training import checkpoint, lock, run_dir
 from gptjax.training.ledger import Ledger
 from gptjax.training.loggers import Logger, open_loggers, require_packages
 from gptjax.training.loop import Callbacks, Corrupted, Diverged, fit
@@ -88,7 +88,7 @@ def train(
         with distributed.together():
             config = _with_mesh(config, console)
             require_packages(config.training.log_to)
-        with run_dir.writable(directory):
+        with run_dir.writable(directory), lock.hold(directory, console.message) as require_folder:
             distributed.check_shared(directory)
             if config.data.path == DataConfig().path:
                 console.message("no --data.path: training on the source code of Python's standard library")
@@ -102,22 +102,25 @@ def train(
                 resume.check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
             with jax.set_mesh(make_mesh(config.mesh)):
-                return _pretrain(config, directory, data, console, new_text, started)
+                return _pretrain(config, directory, data, console, require_folder, new_text, started)
 
 
 def _pretrain(
-    config: Config, directory: Path, data: PreparedData, console: Console, new_text: bool, started: float
+    config: Config,
+    directory: Path,
+    data: PreparedData,
+    console: Console,
+    require_folder: Callable[[], None],
+    new_text: bool,
+    started: float,
 ) -> dict[str, Any]:
     """Everything from the first array to the summary, under the mesh."""
     sources, held_out = _training_rows(data, config), _rows(data.tokens("validation"), "validation split", config)
     _check_prompt(config, data.tokenizer)
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer)
-    with (
-        checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint) as manager,
-        stop_on_signals() as stop,
-        ExitStack() as opened,
-    ):
-        state, progress, seconds_before = resume.start(model, optimizer, config, directory, data, new_text)
+    with stop_on_signals() as stop, ExitStack() as opened:
+        state, progress, seconds_before = resume.start(model, optimizer, config, directory, data, console, new_text)
+        manager = opened.enter_context(checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint))
         loggers: Sequence[Logger] = ()
         if distributed.is_first():
             # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
@@ -133,7 +136,7 @@ def _pretrain(
             evaluate=callbacks.evaluator(config, held_out, data.tokenizer),
             sample=callbacks.sampler(config, directory, data.tokenizer, console),
             save=callbacks.saver(config, manager, data, ledger),
-            should_stop=stop,
+            should_stop=callbacks.watcher(stop, manager, require_folder),
         )
         with ledger("evaluation"):
             resume.make_up_evaluation(config, directory, state, progress, calls)
@@ -160,6 +163,7 @@ def _pretrain(
                     stopped, (state, progress) = None, back
         with ledger("checkpoint"):
             manager.wait_until_finished()
+        require_folder()
     if progress.step == config.training.steps and stopped not in _OUTCOMES.values():
         stopped = "finished"
     summary = {"stopped": stopped, "step": progress.step}

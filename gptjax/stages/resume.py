@@ -15,7 +15,7 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.resolve import refit_mesh
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training import checkpoint, run_dir
+from gptjax.training import checkpoint, recovery, run_dir
 from gptjax.training.loop import Callbacks, is_due
 from gptjax.training.metrics import METRICS_FILE, Console, read_metrics
 from gptjax.training.schedule import Progress
@@ -60,9 +60,10 @@ def start(
     config: Config,
     directory: Path,
     data: PreparedData,
+    console: Console,
     new_text: bool,
 ) -> tuple[TrainState, Progress, dict[str, float]]:
-    """The state of the newest checkpoint, or a fresh one; its progress; and the seconds it took so far, by kind.
+    """The state of the newest checkpoint that is not damaged, or a fresh one; its progress; its seconds by kind.
 
     Args:
         new_text: the text may be another than before.
@@ -71,16 +72,21 @@ def start(
         UserError: it is, and may not; or as `checkpoint.restore`.
     """
     checkpoints = directory / run_dir.CHECKPOINTS
-    steps = checkpoint.all_steps(checkpoints)
-    if not steps:
+    if not checkpoint.all_steps(checkpoints):
         return init_state(model, optimizer, config.training.seed), Progress(), {}
-    metadata = checkpoint.read_metadata(checkpoints, steps[-1])
+    verify = config.checkpoint.verify
+    choice = recovery.choose(checkpoints, checkpoint.steps_by_age, verify=verify, glance=True)
+    metadata = checkpoint.read_metadata(checkpoints, choice.step)
     if metadata["data"] != data.index.content_fingerprint and not new_text:
         raise UserError(
             f"the tokens in {data.folder} are not those that {directory} was trained on: the text of data.path has "
             "changed; bring it back, start a new run with another --run-dir, or go on with --accept-changes data.path"
         )
-    state, _ = checkpoint.restore(checkpoints, steps[-1], abstract_state(model, optimizer))
+    state, _ = checkpoint.restore(checkpoints, choice.step, abstract_state(model, optimizer))
+    with distributed.together():
+        if distributed.is_first():
+            for line in recovery.tidy(checkpoints, choice):
+                console.message(line)
     return state, Progress(**metadata["progress"]), metadata["seconds"]
 
 

@@ -4,11 +4,10 @@ What writes takes the manager that `open_checkpoints` gives. What reads takes th
 as it is, so that a run can be sampled while it trains.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,24 +16,50 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
+from gptjax.training.manager import (
+    NewestAndBest,
+    all_steps,
+    clear_failure,
+    listed,
+    one_line,
+    open_manager,
+    remove_unfinished,
+    validation_loss,
+    write_manifests,
+)
 
 PyTree = Any
 
 
-def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> ocp.CheckpointManager:
+@contextlib.contextmanager
+def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> Iterator[ocp.CheckpointManager]:
     """A manager that saves into `directory/STEP/` behind the training, and keeps the newest and the best.
 
-    What a killed run left half written is removed. Use it in a `with`: leaving that waits for the save
-    under way; so does its `wait_until_finished`.
+    What a killed run left half written is removed. Leaving the `with` waits for the save under way; so does
+    the manager's `wait_until_finished`.
+
+    Raises:
+        UserError: the folder cannot be opened; on leaving, as `save`.
     """
-    return _open(
-        directory,
-        ocp.CheckpointManagerOptions(
-            cleanup_tmp_directories=True,
-            preservation_policy=_NewestAndBest(config.keep_newest, config.keep_best),
-            best_fn=_validation_loss,  # without it Orbax writes no metrics
-        ),
+    options = ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,
+        preservation_policy=NewestAndBest(config.keep_newest, config.keep_best),
+        best_fn=validation_loss,  # without it Orbax writes no metrics
+        # Called behind the training, by the first process, when all is written and just before the step gets its
+        # name: a step that is there has its checksums.
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: write_manifests(directory)),
     )
+    manager = open_manager(directory, options)
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # a save that fails as well says less than what came first
+            manager.close()
+        raise
+    else:
+        manager.close()
+    finally:
+        remove_unfinished(directory)  # once more: after one thread has failed, others go on writing for a while
 
 
 def save(
@@ -54,28 +79,34 @@ def save(
         metrics: a step whose `val_loss` is among the lowest is kept when newer ones come.
 
     Raises:
-        Exception: what stopped the previous save, which was asynchronous. `manager.check_for_errors`
-            raises it too, and costs nothing.
+        UserError: the previous save, which was asynchronous, or this one's beginning failed: the disk is full, say.
     """
     manager.wait_until_finished()
     if step in manager.all_steps():
         return
-    manager.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(dict(metadata))),
-        metrics=dict(metrics or {}),
-        force=True,  # else Orbax passes over a step that is older than the newest
-    )
+    with clear_failure(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(dict(metadata))),
+            metrics=dict(metrics or {}),
+            force=True,  # else Orbax passes over a step that is older than the newest
+        )
 
 
-def all_steps(directory: str | os.PathLike) -> list[int]:
-    """The steps whose checkpoints are complete, in order."""
-    with _open(directory) as reader:
-        return sorted(reader.all_steps())
+def raise_failed_save(manager: ocp.CheckpointManager) -> None:
+    """Raise what stopped the save behind the training, if it is over; costs some microseconds and waits for nothing.
+
+    Orbax's `check_for_errors` finds nothing, as its own thread has asked before.
+
+    Raises:
+        UserError: as `save`.
+    """
+    if not manager.is_saving_in_progress():
+        manager.wait_until_finished()
 
 
-def latest_step(directory: str | os.PathLike) -> int:
-    """The newest step.
+def steps_by_age(directory: str | os.PathLike) -> list[int]:
+    """The steps, from the newest on.
 
     Raises:
         UserError: there is no checkpoint.
@@ -83,22 +114,23 @@ def latest_step(directory: str | os.PathLike) -> int:
     steps = all_steps(directory)
     if not steps:
         raise UserError(f"there is no checkpoint in {directory}")
-    return steps[-1]
+    return steps[::-1]
 
 
-def best_step(directory: str | os.PathLike) -> int:
-    """The step of the lowest validation loss; of equal ones the first.
+def steps_by_loss(directory: str | os.PathLike) -> list[int]:
+    """The steps that have a validation loss, from the lowest on; of equal ones the first.
+
+    A loss that cannot be read may be any, so its step comes first.
 
     Raises:
         UserError: there is no checkpoint with a validation loss.
     """
-    with _open(directory) as reader:
-        steps = sorted(reader.all_steps())
-        losses = {step: _validation_loss(reader.metrics(step)) for step in steps}
-    evaluated = [step for step in steps if losses[step] < math.inf]
+    with open_manager(directory) as reader:
+        losses = {step: _saved_loss(reader, step) for step in all_steps(directory)}
+    evaluated = [step for step in losses if losses[step] < math.inf]
     if not evaluated:
-        raise UserError(f"no checkpoint in {directory} has a validation loss; without one: {_listed(steps)}")
-    return min(evaluated, key=losses.__getitem__)
+        raise UserError(f"no checkpoint in {directory} has a validation loss; without one: {listed(losses)}")
+    return sorted(evaluated, key=losses.__getitem__)
 
 
 def restore(directory: str | os.PathLike, step: int, abstract_state: PyTree) -> tuple[PyTree, dict[str, Any]]:
@@ -116,10 +148,10 @@ def restore(directory: str | os.PathLike, step: int, abstract_state: PyTree) -> 
             shape or type. Nothing is cast.
     """
     target = jax.tree.map(_placed, abstract_state)
-    with _open(directory) as reader:
+    with open_manager(directory) as reader:
         saved = _saved_arrays(reader, step)
         _require_equal(_leaves(saved), _leaves(_flat(target)), f"checkpoint {step} in {directory}")
-    with _open(directory, bytes_at_once=_bytes_at_once(saved, _flat(target))) as reader:
+    with open_manager(directory, bytes_at_once=_bytes_at_once(saved, _flat(target))) as reader:
         items = _read(reader, step, state=_arrays(target), metadata=ocp.args.JsonRestore())
     return items.state, items.metadata
 
@@ -131,10 +163,10 @@ def restore_params(directory: str | os.PathLike, step: int, abstract_params: PyT
         UserError: as `restore`.
     """
     target = jax.tree.map(_placed, {"params": abstract_params})
-    with _open(directory) as reader:
+    with open_manager(directory) as reader:
         saved = {name: leaf for name, leaf in _saved_arrays(reader, step).items() if name.startswith("params.")}
         _require_equal(_leaves(saved), _leaves(_flat(target)), f"checkpoint {step} in {directory}")
-    with _open(directory, bytes_at_once=_bytes_at_once(saved, _flat(target))) as reader:
+    with open_manager(directory, bytes_at_once=_bytes_at_once(saved, _flat(target))) as reader:
         return _read(reader, step, state=_arrays(target)).state["params"]
 
 
@@ -144,47 +176,16 @@ def read_metadata(directory: str | os.PathLike, step: int) -> dict[str, Any]:
     Raises:
         UserError: the step is not there or cannot be read.
     """
-    with _open(directory) as reader:
+    with open_manager(directory) as reader:
         _require_step(reader, step)
         return _read(reader, step, metadata=ocp.args.JsonRestore()).metadata
 
 
-@dataclass(frozen=True)
-class _NewestAndBest:
-    """Orbax's own policies do not do this: best-of deletes the newest, or keeps all that were not evaluated."""
-
-    newest: int
-    best: int
-
-    def should_preserve(
-        self,
-        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
-        *,
-        context: ocp.checkpoint_managers.PreservationContext,
-    ) -> list[bool]:
-        del context
-        losses = {info.step: _validation_loss(info.metrics) for info in checkpoints}
-        steps = sorted(losses)
-        evaluated = [step for step in steps if losses[step] < math.inf]
-        keep = {*steps[-self.newest :], *sorted(evaluated, key=losses.__getitem__)[: self.best]}
-        return [info.step in keep for info in checkpoints]
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, without its questions to JAX's preemption service.
-
-    The service takes the number in the newest question, whoever asks, for how far this process is, and agrees on the
-    next one. Orbax asks with the step and the loop counts dispatches since its start: after a save the processes
-    would agree on a number that the loop reaches much later, or never.
-    """
-
-    def reached_preemption(self, step: int) -> bool:
-        del step
-        return False
-
-
-def _validation_loss(metrics: Mapping[str, float] | None) -> float:
-    return (metrics or {}).get("val_loss", math.inf)
+def _saved_loss(reader: ocp.CheckpointManager, step: int) -> float:
+    try:
+        return validation_loss(reader.metrics(step))
+    except (ValueError, TypeError, AttributeError, OSError):
+        return -math.inf
 
 
 def _bytes_at_once(saved: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct]) -> int:
@@ -206,32 +207,11 @@ def _bytes_at_once(saved: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtype
     return max([*sizes, sum(sizes) // 20])
 
 
-def _open(
-    directory: str | os.PathLike,
-    options: ocp.CheckpointManagerOptions | None = None,
-    bytes_at_once: int | None = None,
-) -> ocp.CheckpointManager:
-    state = ocp.PyTreeCheckpointHandler(
-        # What training leaves in a mantissa is noise: compressing it saves little, and holds all of it once more.
-        use_compression=False,
-        # A read as large as this is refused, so a little more.
-        restore_concurrent_gb=None if bytes_at_once is None else (1.01 * bytes_at_once + 1) / 1e9,
-    )
-    try:
-        return _Manager(
-            Path(directory).absolute(),
-            item_handlers={"state": state, "metadata": ocp.JsonCheckpointHandler()},
-            options=options or ocp.CheckpointManagerOptions(create=False),
-        )
-    except (ValueError, OSError) as error:
-        raise UserError(f"the checkpoints in {directory} cannot be opened: {_one_line(error)}") from error
-
-
 def _read(reader: ocp.CheckpointManager, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
     try:
         return reader.restore(step, args=ocp.args.Composite(**items))
     except (ValueError, KeyError, OSError) as error:
-        raise _unreadable(reader, step, _one_line(error)) from error
+        raise _unreadable(reader, step, one_line(error)) from error
 
 
 def _arrays(target: PyTree) -> ocp.args.PyTreeRestore:
@@ -252,7 +232,7 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def _require_step(reader: ocp.CheckpointManager, step: int) -> None:
     steps = reader.all_steps()
     if step not in steps:
-        raise UserError(f"step {step} is not in {reader.directory}; those that are: {_listed(steps)}")
+        raise UserError(f"step {step} is not in {reader.directory}; those that are: {listed(steps)}")
 
 
 def _saved_arrays(reader: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -261,7 +241,7 @@ def _saved_arrays(reader: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     try:
         saved = reader.item_metadata(step).state
     except (ValueError, KeyError, OSError) as error:
-        raise _unreadable(reader, step, _one_line(error)) from error
+        raise _unreadable(reader, step, one_line(error)) from error
     if saved is None:
         raise _unreadable(reader, step, "it does not say which arrays it holds")
     return _flat(saved.tree)
@@ -294,16 +274,6 @@ def _and_more(names: Collection[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
-def _listed(steps: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(steps))) or "none"
-
-
 def _unreadable(reader: ocp.CheckpointManager, step: int, reason: str) -> UserError:
     others = {*reader.all_steps()} - {step}
-    return UserError(f"checkpoint {step} in {reader.directory} cannot be read ({reason}); others: {_listed(others)}")
-
-
-def _one_line(error: Exception) -> str:
-    """Storage errors run to paragraphs; the first words say what is wrong."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 160 else text[:160] + "…"
+    return UserError(f"checkpoint {step} in {reader.directory} cannot be read ({reason}); others: {listed(others)}")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, Params
 from gptjax.resolve import default_compute_dtype
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training import checkpoint
+from gptjax.training import checkpoint, recovery
 from gptjax.training.run_dir import CHECKPOINTS, TOKENIZER_FILE, load_run_config
 from gptjax.training.state import abstract_params
 
@@ -34,14 +36,28 @@ class Run:
     step: int
 
 
-def load_run(directory: str | os.PathLike, step: int | str = "last") -> Run:
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load_run(
+    directory: str | os.PathLike,
+    step: int | str = "last",
+    *,
+    verify: bool = True,
+    log: Callable[[str], None] = _to_stderr,
+) -> Run:
     """Load configuration, tokenizer and parameters of a run, onto the current mesh or the default device.
+
+    Nothing is written. In place of a damaged checkpoint that was not named by its number, the next one is used.
 
     Args:
         step: a step that has a checkpoint, `last`, or `best` (lowest validation loss).
+        verify: compare the checkpoint's checksums first, which reads all of it, the optimizer's state too.
+        log: gets a line about each checkpoint that is damaged or has no checksums.
 
     Raises:
-        UserError: the folder is no run, or has no such checkpoint.
+        UserError: the folder is no run, has no such checkpoint, or it is damaged.
     """
     directory = Path(directory)
     config, _ = load_run_config(directory)
@@ -51,17 +67,21 @@ def load_run(directory: str | os.PathLike, step: int | str = "last") -> Run:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
     model = GPT(config.model)
     checkpoints = directory / CHECKPOINTS
-    number = _step_number(checkpoints, step)
+    number = _step_number(checkpoints, step, verify, log)
     params = checkpoint.restore_params(checkpoints, number, abstract_params(model))
     return Run(directory, config, tokenizer, model, params, number)
 
 
-def _step_number(checkpoints: Path, step: int | str) -> int:
-    if step == "last":
-        return checkpoint.latest_step(checkpoints)
-    if step == "best":
-        return checkpoint.best_step(checkpoints)
-    try:
-        return int(step)
-    except ValueError:
-        raise UserError(f"step {step!r} is neither last, best nor a number") from None
+def _step_number(checkpoints: Path, step: int | str, verify: bool, log: Callable[[str], None]) -> int:
+    if step in ("last", "best"):
+        order = checkpoint.steps_by_age if step == "last" else checkpoint.steps_by_loss
+        choice = recovery.choose(checkpoints, order, verify=verify)
+    else:
+        try:
+            number = int(step)
+        except ValueError:
+            raise UserError(f"step {step!r} is neither last, best nor a number") from None
+        choice = recovery.require_usable(checkpoints, number, verify=verify)
+    for line in choice.lines():
+        log(line)
+    return choice.step

@@ -30,9 +30,16 @@ class MetricsLog:
     path: str | os.PathLike
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record, whole when this returns; its values may be NumPy or JAX scalars."""
-        with Path(self.path).open("a", encoding="utf-8") as file:
-            file.write(metrics_line(record))
+        """Append a record, whole when this returns; its values may be NumPy or JAX scalars.
+
+        Raises:
+            UserError: it cannot be written: the disk is full, say.
+        """
+        try:
+            with Path(self.path).open("a", encoding="utf-8") as file:
+                file.write(metrics_line(record))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 def metrics_line(record: Mapping[str, Any]) -> str:

@@ -99,13 +99,21 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, and a power cut loses neither."""
+    """Write a file so that a reader sees the old text or the new one, and a power cut loses neither.
+
+    Raises:
+        UserError: it cannot be written: the disk is full, say. The old text stays.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def environment() -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from gptjax.errors import UserError
 from gptjax.training.ledger import Ledger
 from gptjax.training.metrics import METRICS_FILE, read_metrics
 from gptjax.training.run_dir import SUMMARY_FILE
@@ -48,9 +49,16 @@ def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger,
 
 
 def read_summary(directory: Path) -> dict[str, Any] | None:
-    """A run's summary, or None where it has not ended yet."""
+    """A run's summary, or None where it has not ended yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
     path = directory / SUMMARY_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; delete it, and it is written again") from error
 
 
 def peak_memory_bytes() -> int | None:

@@ -16,13 +16,13 @@ from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
 from gptjax.training.checkpoint import (
     all_steps,
-    best_step,
-    latest_step,
     open_checkpoints,
     read_metadata,
     restore,
     restore_params,
     save,
+    steps_by_age,
+    steps_by_loss,
 )
 
 
@@ -180,9 +180,10 @@ def test_retention_goes_on_over_a_restart(tmp_path):
     assert all_steps(tmp_path) == [1, 3]
 
 
-def test_latest_and_best(tmp_path):
+def test_steps_by_age_and_by_loss(tmp_path):
     write(tmp_path, {5: 2.0, 10: 1.0, 15: 1.0, 20: math.nan, 25: None})
-    assert (latest_step(tmp_path), best_step(tmp_path)) == (25, 10)
+    assert steps_by_age(tmp_path) == [25, 20, 15, 10, 5]
+    assert steps_by_loss(tmp_path) == [10, 15, 5]
 
 
 def test_a_step_is_saved_once(tmp_path):
@@ -196,7 +197,7 @@ def test_a_step_is_saved_once(tmp_path):
 def test_what_is_not_there_is_said(tmp_path):
     assert all_steps(tmp_path / "none") == []
     with pytest.raises(UserError, match=r"there is no checkpoint in .*none"):
-        latest_step(tmp_path / "none")
+        steps_by_age(tmp_path / "none")
     assert not (tmp_path / "none").exists()
     write(tmp_path, {3: None, 20: None})
     with pytest.raises(UserError, match=r"step 7 is not in .*; those that are: 3, 20"):
@@ -204,7 +205,7 @@ def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(UserError, match=r"step 7 is not in .*; those that are: 3, 20"):
         read_metadata(tmp_path, 7)
     with pytest.raises(UserError, match=r"has a validation loss; without one: 3, 20"):
-        best_step(tmp_path)
+        steps_by_loss(tmp_path)
 
 
 def test_temporary_folders_of_a_killed_run_go_when_writing_and_stay_when_reading(tmp_path):
@@ -228,7 +229,7 @@ def test_a_failed_save_is_raised_by_the_next_and_leaves_the_older_steps(tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # as a full disk, for this process alone
         try:
             save(manager, 2, state, {})
-            with pytest.raises(ValueError, match="too large"):
+            with pytest.raises(UserError, match=r"could not be saved in .* \(File too large\); those .* stay: 1$"):
                 save(manager, 2, state, {})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,0 +1,182 @@
+"""What befalls runs: flipped bits, a full disk, a second run, a folder that is moved away."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from gptjax import cli
+from gptjax.config_files import load_config, replace_fields
+from gptjax.errors import UserError
+from gptjax.stages.pretrain import train as train_run
+from gptjax.training.checkpoint import all_steps
+from gptjax.training.lock import LOCK_FILE
+from gptjax.training.metrics import Console, read_metrics
+
+ROOT = Path(__file__).parent.parent
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+OPTIONS = "--model.num-layers 1 --training.micro-batch-size 16 --checkpoint.keep-newest 9".split()
+
+
+@pytest.fixture(scope="module")
+def trained(workplace) -> Path:
+    """A run of 8 steps, with checkpoints 4 and 8."""
+    here = Path.cwd()
+    os.chdir(workplace)
+    try:
+        assert train.main(["tiny.py", *OPTIONS, "--training.steps", "8", "--run-dir", "runs/trained"]) == 0
+    finally:
+        os.chdir(here)
+    return workplace / "runs" / "trained"
+
+
+@pytest.fixture
+def run(trained, inside, tmp_path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def damage(run: Path, step: int) -> None:
+    arrays = [path for path in (run / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()]
+    path = max(arrays, key=lambda path: path.stat().st_size)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(capsys, main, *arguments: str) -> str:
+    """The one line on stderr of a command that does nothing."""
+    capsys.readouterr()
+    sys.argv = ["command", *arguments]
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command(main)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_and_comes_to_the_same(run, trained, capsys):
+    """Steps 5 to 8 come again, with the same losses: what is restored is step 4, and nothing of the damaged one."""
+    damage(run, 8)
+    (run / "summary.json").unlink()  # else the run is finished
+    assert train.main([str(run)]) == 0
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if "damaged" in line]
+    assert line.startswith("checkpoint 8 is damaged (state/")
+    assert line.endswith("; using 4, and keeping it as 8.damaged")
+    assert "steps 4 to 8" in output
+    losses = [[r[name] for r in read_metrics(folder / "metrics.jsonl") for name in ("loss", "val_loss") if name in r]
+              for folder in (run, trained)]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"4", "8", "8.damaged"}
+
+
+def test_when_all_are_damaged_nothing_is_changed(run, capsys):
+    for step in (4, 8):
+        damage(run, step)
+    (run / "summary.json").unlink()
+    before = contents(run)
+    line = refusal(capsys, train.main, str(run))
+    assert "all are damaged: 8 (state/" in line
+    assert ", 4 (state/" in line
+    assert contents(run) == before
+    assert "all are damaged" in refusal(capsys, sample.main, str(run))
+    assert contents(run) == before
+
+
+def test_sampling_falls_back_in_one_line_and_touches_nothing(run, capsys):
+    damage(run, 8)
+    before = contents(run)
+    assert sample.main([str(run), "--prompt", "the ", "--max-tokens", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("checkpoint 8 is damaged (state/")
+    assert printed.err.endswith("; using 4\n")
+    assert printed.err.count("\n") == 1
+    assert "damaged" not in printed.out
+    line = refusal(capsys, sample.main, str(run), "--step", "8")
+    assert line.endswith("those that are not: 4\n")
+    assert contents(run) == before
+
+
+def test_a_full_disk_ends_the_run_in_one_line_before_the_next_save(run):
+    """Files of a process of its own may not grow past 20 kB, so that the first save fails, at step 307 of a million."""
+
+    options = "--training.steps 1000000 --training.eval-every-steps 0 --checkpoint.every-steps 307".split()
+    options += "--training.log-every-steps 100".split()
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, "-c", LIMITED, str(ROOT / "train.py"), str(run), *options]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: a checkpoint could not be saved in ")
+    assert result.stderr.endswith(" (File too large); those that are there stay: 4, 8\n")
+    assert result.stderr.count("\n") == 1
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"4", "8"}
+    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl")]
+    assert 300 <= steps[-1] < 614, "the next save, which would have to wait for this one, was not reached"
+
+
+class Meddling(Console):
+    """Does something when step 10 is shown."""
+
+    def __init__(self, meddle):
+        super().__init__(io.StringIO())
+        self.meddle = meddle
+
+    def log(self, record, steps):
+        super().log(record, steps)
+        if record["step"] == 10:
+            self.meddle()
+
+
+def start_again(run: Path, console: Console) -> None:
+    """Train the run anew, from its first step on, for 12 steps."""
+    config = load_config(run / "config.json")
+    shutil.rmtree(run)
+    train_run(replace_fields(config, {"run_dir": str(run), "training.steps": 12}), console=console)
+
+
+def test_a_second_run_is_refused_and_the_first_undisturbed(run):
+    refused = []
+
+    def second() -> None:
+        with pytest.raises(UserError) as error:
+            train_run(replace_fields(load_config(run / "config.json"), {"run_dir": str(run)}), console=Meddling(None))
+        refused.append(str(error.value))
+
+    start_again(run, Meddling(second))
+    assert f"{run} is in use by process {os.getpid()} on " in refused[0]
+    assert all_steps(run / "checkpoints") == [4, 8, 12]
+    assert not (run / LOCK_FILE).exists()
+
+
+def test_a_folder_that_is_moved_away_is_not_made_again(run, tmp_path):
+    moved = tmp_path / "moved"
+
+    def move() -> None:
+        while 8 not in all_steps(run / "checkpoints"):  # being saved; threads that write would complain, and be noisy
+            pass
+        run.rename(moved)
+
+    with pytest.raises(UserError, match="was moved, renamed or deleted while this run wrote there"):
+        start_again(run, Meddling(move))
+    assert not run.exists()
+    assert all_steps(moved / "checkpoints") == [4, 8]
+    assert train.main([str(moved)]) == 0
+    assert all_steps(moved / "checkpoints") == [4, 8, 12]
