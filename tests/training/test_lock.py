@@ -64,9 +64,11 @@ def test_a_folder_that_is_gone_is_noticed(tmp_path, gone):
             shutil.rmtree(tmp_path / "b")
         if gone == "replaced":
             folder.mkdir()
+            (folder / LOCK_FILE).touch()  # of a run that is there now
         with pytest.raises(UserError, match="runs/a was moved, renamed or deleted while this run wrote there"):
             require_there()
     assert folder.exists() == (gone == "replaced"), "nothing was made at the old place"
+    assert (folder / LOCK_FILE).exists() == (gone == "replaced"), "nor taken from others"
 
 
 def test_deleting_the_lock_file_alone_stops_nobody(tmp_path):
