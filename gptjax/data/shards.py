@@ -12,7 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -116,15 +116,23 @@ class Index:
 class TokenArray:
     """The tokens of all shards of a split as one array that can be sliced; nothing is read before it is used."""
 
-    def __init__(self, shards: list[np.ndarray]):
-        self._shards = shards
+    def __init__(self, shards: list[np.ndarray], vocab_size: int):
+        """
+        Args:
+            vocab_size: every id must be less, or reading it is an error: a model would take it for another token.
+        """
+        self._shards, self._vocab_size = shards, vocab_size
         self._starts = [0, *itertools.accumulate(len(shard) for shard in shards)]
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def __getitem__(self, key: slice) -> np.ndarray:
-        """`[start:stop]` as a one-dimensional array of the shards' type; a view where one shard holds it all."""
+        """`[start:stop]` as a one-dimensional array of the shards' type; a view where one shard holds it all.
+
+        Raises:
+            UserError: an id is none of the vocabulary's; the message says in which file, and where.
+        """
         start, stop, step = key.indices(len(self))
         if step != 1:
             raise ValueError(f"a TokenArray has slices of step 1, not {step}")
@@ -134,7 +142,18 @@ class TokenArray:
             shard[max(0, start - offset) : max(0, stop - offset)]
             for shard, offset in zip(self._shards[first:last], self._starts[first:last], strict=True)
         ]
+        for piece in pieces:
+            if piece.size and piece.max() >= self._vocab_size:
+                self._refuse(start + int(np.argmax(np.concatenate(pieces) >= self._vocab_size)))
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _refuse(self, index: int) -> NoReturn:
+        number = bisect.bisect_right(self._starts, index) - 1
+        shard, place = self._shards[number], index - self._starts[number]
+        raise UserError(
+            f"{getattr(shard, 'filename', 'a shard')} was changed: its token {place} is {shard[place]}, but there are "
+            f"only {self._vocab_size} tokens; delete its folder and prepare it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -147,11 +166,13 @@ class PreparedData:
 
     def tokens(self, split: SplitName) -> TokenArray:
         """All tokens of a split, memory-mapped, one source after the other."""
-        return TokenArray([shard for source in self.index.sources for shard in self._open(source, split)])
+        return TokenArray(
+            [s for source in self.index.sources for s in self._open(source, split)], self.tokenizer.vocab_size
+        )
 
     def tokens_by_source(self, split: SplitName) -> list[TokenArray]:
         """The tokens of a split, apart for each source."""
-        return [TokenArray(self._open(source, split)) for source in self.index.sources]
+        return [TokenArray(self._open(source, split), self.tokenizer.vocab_size) for source in self.index.sources]
 
     def _open(self, source: SourceIndex, split: SplitName) -> list[np.ndarray]:
         shards = source.splits[split].shards

@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -25,6 +26,8 @@ from gptjax.parallel.rendezvous import meet
 
 SHUTDOWN_SECONDS = 60
 """How long a process that ends waits for the others to end, too, before JAX takes them for lost."""
+PARTING_SECONDS = 10.0
+"""How long a process with an error of its user's waits for the others to leave with the same one."""
 SHARED_SECONDS = 5.0
 """Network file systems remember for a few seconds what a folder held."""
 
@@ -104,10 +107,17 @@ def fail_fast() -> Iterator[None]:
     """A block in which a failure that nobody foresaw ends this process at once, its traceback printed.
 
     Python's own way out waits for the other processes, and those wait for this one; so JAX tells them that it is gone.
+    A `UserError` is often that of all processes, which then leave together, and so gets some seconds.
     """
     try:
         yield
-    except (UserError, SystemExit, KeyboardInterrupt):
+    except UserError:
+        if jax.distributed.is_initialized():
+            alone = threading.Timer(PARTING_SECONDS, os._exit, [2])
+            alone.daemon = True
+            alone.start()
+        raise
+    except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException:
         if not jax.distributed.is_initialized():  # asks no backend, which may be what has failed

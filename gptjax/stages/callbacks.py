@@ -14,7 +14,6 @@ from gptjax.config import Config
 from gptjax.config_files import to_dict
 from gptjax.data.loader import Share, TokenRows, evaluation_rows
 from gptjax.data.shards import PreparedData
-from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import evaluate
 from gptjax.parallel import distributed, sharding
 from gptjax.sampling.config import SamplingConfig
@@ -103,13 +102,8 @@ def watcher(
     """Whether to stop; and at once, not at the next save, that the last one failed or the run's folder is gone."""
 
     def should_stop() -> bool:
-        try:
-            require_folder()
-            checkpoint.raise_failed_save(manager)
-        except UserError as error:
-            if distributed.num_processes() == 1:
-                raise
-            raise RuntimeError(str(error)) from error  # ends this process at once, for which the others wait
+        require_folder()
+        checkpoint.raise_failed_save(manager)
         return stop()
 
     return should_stop

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
+from gptjax.errors import UserError
 from gptjax.parallel import distributed
 from gptjax.stages import resume
-from gptjax.training import checkpoint, run_dir
+from gptjax.training import checkpoint, recovery, run_dir
 from gptjax.training.ledger import Ledger
 from gptjax.training.metrics import METRICS_FILE, MetricsLog
 from gptjax.training.schedule import Progress
@@ -28,7 +29,8 @@ class Rollbacks:
     def roll_back(
         self, diverged: Progress, abstract_state: TrainState, say: Callable[[str], None]
     ) -> tuple[TrainState, Progress] | None:
-        """The state of the newest checkpoint that this has not gone back to yet, or None where none or no try is left.
+        """The state of the newest whole checkpoint that this has not gone back to yet, or None where none or no try is
+        left.
 
         Newer checkpoints are removed, because they lead to where the run diverged, and the run will reach their steps
         again; so are later lines of its logs, and one of `metrics.jsonl` tells of it. All processes call it.
@@ -37,13 +39,19 @@ class Rollbacks:
             The state and its progress, from which sequences that were seen since are left out.
         """
         self._manager.wait_until_finished()
-        steps = [step for step in sorted(self._manager.all_steps()) if step not in self._tried]
+        checkpoints = self._directory / run_dir.CHECKPOINTS
+        steps = [step for step in checkpoint.all_steps(checkpoints)[::-1] if step not in self._tried]
         if not self._left or not steps:
             return None
+        try:
+            chosen = recovery.choose(checkpoints, lambda _: steps).step
+        except UserError as error:  # all are damaged
+            say(str(error))
+            return None
         self._left -= 1
-        self._tried.add(steps[-1])
-        state, metadata = checkpoint.restore(self._directory / run_dir.CHECKPOINTS, steps[-1], abstract_state)
-        for step in [step for step in self._manager.all_steps() if step > steps[-1]]:
+        self._tried.add(chosen)
+        state, metadata = checkpoint.restore(checkpoints, chosen, abstract_state)
+        for step in [step for step in self._manager.all_steps() if step > chosen]:
             self._manager.delete(step)
         self._ledger.lose(since=metadata["seconds"])
         saved = Progress(**metadata["progress"])

@@ -30,7 +30,7 @@ from gptjax.text.tokenizer import train_tokenizer
 def test_slices_across_shards_equal_slices_of_the_whole(lengths, start, stop):
     whole = np.arange(sum(lengths), dtype="<u2")
     shards = np.split(whole, np.cumsum(lengths)[:-1])
-    tokens = TokenArray(shards)
+    tokens = TokenArray(shards, 2**16)
     assert len(tokens) == len(whole)
     np.testing.assert_array_equal(tokens[start:stop], whole[start:stop])
     assert tokens[start:stop].dtype == whole.dtype
@@ -38,9 +38,27 @@ def test_slices_across_shards_equal_slices_of_the_whole(lengths, start, stop):
 
 def test_a_slice_within_one_shard_is_not_copied():
     shard = np.arange(10, dtype="<u2")
-    assert np.shares_memory(TokenArray([np.zeros(3, "<u2"), shard])[4:8], shard)
+    assert np.shares_memory(TokenArray([np.zeros(3, "<u2"), shard], 2**16)[4:8], shard)
     with pytest.raises(ValueError, match="step 1, not 2"):
-        TokenArray([shard])[::2]
+        TokenArray([shard], 2**16)[::2]
+
+
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6), data=st.data())
+@settings(deadline=None)
+def test_an_id_beyond_the_vocabulary_is_refused_where_it_is_read(lengths, data):
+    """Exactly the slices that hold it fail, and say in which file and where it stands: a model would clamp it."""
+    whole = np.zeros(sum(lengths), "<u2")
+    bad = data.draw(st.integers(0, len(whole) - 1))
+    whole[bad] = 300
+    starts = [0, *np.cumsum(lengths)[:-1].tolist()]
+    tokens = TokenArray([whole[start : start + n] for start, n in zip(starts, lengths, strict=True)], 300)
+    first, last = sorted([data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))])
+    if not first <= bad < last:
+        tokens[first:last]
+        return
+    place = bad - max(start for start in starts if start <= bad)
+    with pytest.raises(UserError, match=rf"its token {place} is 300, but there are only 300 tokens"):
+        tokens[first:last]
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])

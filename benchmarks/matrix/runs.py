@@ -1,0 +1,132 @@
+"""Runs to do things to: processes of their own on a small model and its text, and what they left behind."""
+
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS, EVERY = 400, 20
+"""Of the undisturbed run and those that are to become like it, and between checkpoints."""
+CONFIG = """
+from gptjax.config import *
+config = Config(
+    model=ModelConfig(num_layers=2, model_dim=32, num_heads=4, context_length=32, compute_dtype="float32"),
+    tokenizer=TokenizerConfig(vocab_size=300),
+    data=DataConfig(path="corpus"),
+    optimizer=OptimizerConfig(peak_learning_rate=3e-3, warmup_steps=20),
+    training=TrainingConfig(
+        steps=STEPS, batch_size=16, log_every_steps=1, eval_every_steps=40, sample_every_steps=0, sample_tokens=4,
+        sample_prompt="the ",
+    ),
+    checkpoint=CheckpointConfig(every_steps=EVERY),
+)
+"""
+COMPARED = ("step", "loss", "grad_norm", "val_loss")
+
+
+class Row(NamedTuple):
+    """What was found of one fault."""
+
+    number: str
+    fault: str
+    tries: int
+    survived: int
+    figure: str
+
+
+class Ended(NamedTuple):
+    """A process that is over."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+def start(*command: Any, devices: int = 1, limit_bytes: int | None = None) -> subprocess.Popen:
+    """A process of this interpreter, with so many devices, that may write no larger files than this."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    limit = None if limit_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes,) * 2)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=limit,
+    )
+
+
+def finish(process: subprocess.Popen, since: float | None = None) -> Ended:
+    begun = time.monotonic() if since is None else since
+    output, _ = process.communicate(timeout=600)
+    return Ended(process.returncode, output, time.monotonic() - begun)
+
+
+def train(*arguments: Any, **settings: Any) -> Ended:
+    begun = time.monotonic()
+    return finish(start(ROOT / "train.py", *arguments, **settings), begun)
+
+
+def pair(*arguments: Any) -> list[subprocess.Popen]:
+    """Two processes of two devices each, which train as one."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    group = f"--distributed.coordinator localhost:{port} --distributed.num-processes 2 --distributed.process-id".split()
+    return [start(ROOT / "train.py", *arguments, *group, number, devices=2) for number in range(2)]
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    while not any(record["step"] >= step for record in records(run)):
+        time.sleep(0.01)
+
+
+def records(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(run: Path) -> list[dict]:
+    return [{name: record[name] for name in COMPARED if name in record} for record in records(run)]
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text(encoding="utf-8"))
+
+
+def state_sha256(run: Path, step: int, *mesh: Any) -> str:
+    """Of all bytes of a checkpoint's arrays, as another process restores them onto a mesh, `--mesh.fsdp 2` say."""
+    ended = finish(start(ROOT / "benchmarks" / "matrix" / "state_hash.py", run, step, *mesh, devices=8))
+    if ended.code:
+        raise RuntimeError(ended.output)
+    return ended.output.split()[-1]
+
+
+def whole(run: Path) -> bool:
+    """Whether `python -m gptjax verify` finds nothing damaged."""
+    return finish(start("-m", "gptjax", "verify", run)).code == 0
+
+
+def fresh(base: Path, name: str) -> Path:
+    """A copy of a finished run."""
+    copy = Path(name)
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(base, copy)
+    return copy
+
+
+def refused(ended: Ended, *words: str) -> bool:
+    """One line, status 2, and it says this."""
+    error = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    return ended.code == 2 and len(error) == 1 and all(word in error[0] for word in words)
