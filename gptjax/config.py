@@ -378,8 +378,8 @@ class GuardConfig:
     """What keeps a bad batch or a bad device from ruining a run."""
 
     spike_sigmas: float = 6.0
-    """Skip a step whose loss or gradient norm is this many deviations above the mean of 128 steps, the norm also at
-    least twice it. 0: skip only what is no number."""
+    """Skip a step whose loss or gradient norm is this many deviations above the mean of 128 steps, the norm also
+    five times it. 0: skip only what is no number."""
     max_skipped: int = 10
     """Skipped steps in a row after which the run counts as diverged."""
     max_rollbacks: int = 3

@@ -54,12 +54,22 @@ def test_a_diverged_run_goes_back_and_leaves_the_batches_out(inside, poisoned, c
     assert None not in [line["loss"] for line in lines]
     output = capsys.readouterr().out
     assert "diverged: step 8: 2 steps in a row were skipped" in output
-    assert "back to step 4, and on without the 64 sequences since; 2 tries are left" in output
+    assert "back to step 4, and on without the next 64 sequences; 2 tries are left" in output
     metadata = checkpoint.read_metadata(directory / "checkpoints", 12)
     assert metadata["progress"] == {"step": 12, "sequences": 12 * 16, "tokens": 12 * 16 * 16, "left_out": 64}
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["seconds"]["lost"] > 0
     assert sum(summary["seconds"].values()) == pytest.approx(summary["wall_seconds"])
+
+
+def test_longer_bad_data_is_left_out_by_going_back_again(inside):
+    """Twice as many sequences where no checkpoint was saved since, from the same one."""
+    with scaled_rows(96, 160, math.inf):
+        assert train.main(["tiny.py", "--guard.max-skipped", "2", "--run-dir", "runs/rolled-back-twice"]) == 0
+    records = read_metrics(inside / "runs" / "rolled-back-twice" / "metrics.jsonl")
+    events = [record for record in records if "rolled_back_from" in record]
+    assert [(e["step"], e["rolled_back_from"], e["left_out_sequences"]) for e in events] == [(4, 8, 64), (4, 6, 192)]
+    assert [record["skipped_steps"] for record in records if "loss" in record] == [0] * 12
 
 
 def test_a_run_without_a_checkpoint_to_go_back_to_has_diverged(inside, poisoned, capsys):

@@ -55,7 +55,8 @@ def start(*command: Any, devices: int = 1, limit_bytes: int | None = None) -> su
     limit = None if limit_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes,) * 2)
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -119,10 +120,11 @@ def whole(run: Path) -> bool:
 
 
 def fresh(base: Path, name: str) -> Path:
-    """A copy of a finished run."""
+    """A copy of a finished run, which does not know that it is finished."""
     copy = Path(name)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(base, copy)
+    (copy / "summary.json").unlink()
     return copy
 
 

@@ -138,7 +138,7 @@ def torn_files(base: Path, draw: random.Random) -> list[Row]:
             tries += 1
             if verify_step(run / "checkpoints", newest).status == "damaged":
                 found += 1
-            elif path.name in ("_CHECKPOINT_METADATA", "manifest.json"):
+            elif path.name in ("_CHECKPOINT_METADATA", "commit_success.txt", "manifest.json"):
                 harmless += state_sha256(run, newest) == state_sha256(base, newest)
             path.write_bytes(content)
     return [
