@@ -378,8 +378,7 @@ class GuardConfig:
     """What keeps a bad batch or a bad device from ruining a run."""
 
     spike_sigmas: float = 6.0
-    """Skip a step whose loss or gradient norm is this many deviations above the mean of 128 steps, the norm also
-    five times it. 0: skip only what is no number."""
+    """Skip a step whose loss, or norm if also fivefold, is so many deviations above 128 steps' mean. 0: only NaN."""
     max_skipped: int = 10
     """Skipped steps in a row after which the run counts as diverged."""
     max_rollbacks: int = 3
@@ -404,8 +403,7 @@ class CheckpointConfig:
     keep_best: int = 1
     """Checkpoints of the lowest validation loss kept."""
     verify: bool = True
-    """Compare a checkpoint's checksums before a run goes on from it; else damage is only found where it cannot be
-    read."""
+    """Compare a checkpoint's checksums before a run goes on from it."""
 
     def __post_init__(self):
         require_types("checkpoint.", self)

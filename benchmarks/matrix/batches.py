@@ -88,15 +88,15 @@ def wrong_results(base: Path, draw: random.Random) -> list[Row]:
 def account(base: Path, draw: random.Random) -> list[Row]:
     """24: whether the kinds of seconds sum to those of the clock, over two processes, one of them killed."""
     run = Path("counted")
-    options = ("--training.steps", 1500, "--training.eval-every-steps", 500, "--checkpoint.every-steps", 100)
-    begun = time.monotonic()
+    options = ("--training.steps", 6000, "--training.eval-every-steps", 500, "--checkpoint.every-steps", 100)
+    begun = time.time()
     process = start(ROOT / "train.py", "faults.py", "--run-dir", run, *options)
-    while not any(record["step"] >= 450 for record in records(run)):
+    while not any(record["step"] >= 2950 for record in records(run)):
         time.sleep(0.01)
     process.kill()
     process.communicate()
     ended = train(run)
-    wall = time.monotonic() - begun
+    wall = (run / "summary.json").stat().st_mtime - begun  # what comes after is Python's way out
     seconds = summary(run)["seconds"]
     share = sum(seconds.values()) / wall
     told = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
