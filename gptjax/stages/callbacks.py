@@ -3,7 +3,8 @@
 All processes evaluate, sample and save together; the first alone writes what is not a checkpoint.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def reporter(
     def report(metrics: dict[str, Any]) -> None:
         if not distributed.is_first():
             return
-        log.write(metrics)
+        with _at_once():
+            log.write(metrics)
         for logger in loggers:
             logger.log(metrics)
         if "val_loss" in metrics:
@@ -103,16 +105,23 @@ def watcher(
     """Whether to stop; and at once, not at the next save, that the last one failed or the run's folder is gone."""
 
     def should_stop() -> bool:
-        try:
+        with _at_once():
             require_folder()
             checkpoint.raise_failed_save(manager)
-        except UserError as error:
-            if distributed.num_processes() == 1:
-                raise
-            raise RuntimeError(str(error)) from error  # ends this process at once, for which the others wait
         return stop()
 
     return should_stop
+
+
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    """A block whose `UserError` ends one of several processes at once: the others wait for it, and it for them."""
+    try:
+        yield
+    except UserError as error:
+        if distributed.num_processes() == 1:
+            raise
+        raise RuntimeError(str(error)) from error
 
 
 def saver(

@@ -103,12 +103,13 @@ def _pretrain(
         state, progress, seconds_before = _start(model, optimizer, config, directory, data, console)
         manager = opened.enter_context(checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint))
         loggers: Sequence[Logger] = ()
-        if distributed.is_first():
-            # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
-            run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
-            run_dir.save_config(directory, config, run_dir.environment())
-            _cut_back(directory, progress.step)
-            loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
+        with distributed.together():
+            if distributed.is_first():
+                # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
+                run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
+                run_dir.save_config(directory, config, run_dir.environment())
+                _cut_back(directory, progress.step)
+                loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
         console.message(messages.description(config, sources, held_out, progress))
         ledger = Ledger(before=seconds_before)
         weights, seed = config.data.weights, config.training.seed
