@@ -122,13 +122,14 @@ def _pretrain(
         state, progress, seconds_before = resume.start(model, optimizer, config, directory, data, console, new_text)
         manager = opened.enter_context(checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint))
         loggers: Sequence[Logger] = ()
-        if distributed.is_first():
-            # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
-            run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
-            run_dir.save_config(directory, config, run_dir.environment())
-            seconds_before = resume.count_lost(directory, seconds_before)
-            resume.cut_back(directory, progress.step)
-            loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
+        with distributed.together():
+            if distributed.is_first():
+                # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
+                run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
+                run_dir.save_config(directory, config, run_dir.environment())
+                seconds_before = resume.count_lost(directory, seconds_before)
+                resume.cut_back(directory, progress.step)
+                loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
         console.message(messages.description(config, sources, held_out, progress))
         ledger = Ledger(seconds_before, started)
         calls = Callbacks(

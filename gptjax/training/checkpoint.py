@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 
 from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
+from gptjax.parallel import distributed
 from gptjax.training.manager import (
     NewestAndBest,
     all_steps,
@@ -53,8 +54,9 @@ def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> 
     try:
         yield manager
     except BaseException:
-        with contextlib.suppress(Exception):  # a save that fails as well says less than what came first
-            manager.close()
+        if distributed.num_processes() == 1:  # of several, those that go on are waited for in vain
+            with contextlib.suppress(Exception):  # a save that fails as well says less than what came first
+                manager.close()
         raise
     else:
         manager.close()
@@ -103,6 +105,9 @@ def raise_failed_save(manager: ocp.CheckpointManager) -> None:
     """
     if not manager.is_saving_in_progress():
         manager.wait_until_finished()
+    elif manager.failures and distributed.num_processes() > 1:
+        with clear_failure(manager):
+            raise manager.failures[0]
 
 
 def steps_by_age(directory: str | os.PathLike) -> list[int]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 
@@ -44,8 +45,10 @@ def open_manager(
         # A read as large as this is refused, so a little more.
         restore_concurrent_gb=None if bytes_at_once is None else (1.01 * bytes_at_once + 1) / 1e9,
     )
+    failures: list[Exception] = []
+    _watch(state, failures)
     try:
-        return Manager(
+        manager = Manager(
             Path(directory).absolute(),
             item_handlers={"state": state, "metadata": ocp.JsonCheckpointHandler()},
             # A reader of one step does not look into the others, which may be damaged.
@@ -53,6 +56,36 @@ def open_manager(
         )
     except (ValueError, OSError) as error:
         raise UserError(f"the checkpoints in {directory} cannot be opened: {one_line(error)}") from error
+    manager.failures = failures
+    return manager
+
+
+def _watch(handler: ocp.PyTreeCheckpointHandler, failures: list[Exception]) -> None:
+    """Note what fails in this process: of several, Orbax lets none know before it has waited minutes for the others."""
+    save = handler.async_save
+
+    async def async_save(*args: Any, **kwargs: Any) -> list["_Watched"]:
+        return [_Watched(future, failures) for future in await save(*args, **kwargs)]
+
+    handler.async_save = async_save
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A future of Orbax's whose failure is noted."""
+
+    future: ocp.future.Future
+    failures: list[Exception]
+
+    def result(self, timeout: float | None = None) -> Any:
+        try:
+            return self.future.result(timeout)
+        except Exception as error:
+            self.failures.append(error)
+            raise
+
+    def cancel(self) -> bool | None:
+        return self.future.cancel()
 
 
 @dataclass(frozen=True)
@@ -83,6 +116,9 @@ class Manager(ocp.CheckpointManager):
     next one. Orbax asks with the step and the loop counts dispatches since its start: after a save the processes
     would agree on a number that the loop reaches much later, or never.
     """
+
+    failures: Sequence[Exception] = ()
+    """What this process could not write; the others may not know of it yet."""
 
     def reached_preemption(self, step: int) -> bool:
         del step
