@@ -171,8 +171,7 @@ class GPT(nn.Module):
         head_VD = embedding_VD
         if not c.tie_embeddings:
             head_VD = self.param("head", normal(c.initializer_std, "vocab", "embed"), embedding_VD.shape)
-        head_VD = sharding.gather(head_VD.astype(dtype), "vocab", "embed")
-        logits_BTV = matmul(x_BTD, head_VD.T, "vocab")
+        logits_BTV = matmul(x_BTD, head_VD, ("vocab", "embed"), order="fd")
         if c.head_bias:
             bias_V = self.param("head_bias", constant(0.0, "vocab"), (c.padded_vocab_size,))
             logits_BTV = add_bias(logits_BTV, bias_V)

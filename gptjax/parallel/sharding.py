@@ -86,6 +86,12 @@ def gather(parameter: jax.Array, *axes: str) -> jax.Array:
     return checkpoint_name(whole, GATHERED) if "embed" in axes and num_shards("embed") > 1 else whole
 
 
+def partial_sums(*axes: str) -> P | None:
+    """The partition of a parameter's gradient that each device has summed over its own tokens only."""
+    whole, tokens = spec(*("features" if axis == "embed" else axis for axis in axes)), spec("batch", "sequence")
+    return None if whole is None else P(*whole, unreduced=set(jax.tree.leaves(tuple(tokens))))
+
+
 def fan_out(x_BTD: jax.Array, axis: str) -> jax.Array:
     """An activation that several products take, whose results are split along `axis`.
 
