@@ -41,8 +41,7 @@ def _keep_all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> b
     device would hold the whole model. What `fan_out` marks is only another name of its input, and JAX cannot keep it.
     """
     marked = any(x.sharding.spec.reduced for x in inputs)
-    gathered = primitive.name == "name" and parameters["name"] == sharding.GATHERED
-    return not (marked or gathered or primitive.name in ("reshard", "all_gather"))
+    return not (marked or primitive.name in ("reshard", "all_gather"))
 
 
 REMAT_POLICIES = {
