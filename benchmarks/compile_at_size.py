@@ -74,9 +74,7 @@ def compile_case(name: str) -> dict[str, Any]:
         model, optimizer = GPT(model_config), make_optimizer(preset.optimizer)
         K, B, T = 1, training.resolved_micro_batch_size, model_config.context_length
         A = training.batch_size // B
-        step = make_train_step(
-            language_model_loss(model), optimizer, compute_dtype="bfloat16", dropout_seed=None, accumulates=A > 1
-        )
+        step = make_train_step(language_model_loss(model), optimizer, dropout_seed=None, accumulates=A > 1)
         layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec("stack", "stack", "batch", "keys"))
         batch = {"tokens": jax.ShapeDtypeStruct((K, A, B, T + 1), jnp.int32, sharding=layout)}
         start = time.perf_counter()

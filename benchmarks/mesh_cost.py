@@ -51,12 +51,7 @@ class Arm:
         self.mesh = make_mesh(MeshConfig(**axes or {"data": 1}), devices)
         with jax.set_mesh(self.mesh):
             model, optimizer = GPT(config), make_optimizer(OptimizerConfig())
-            step = make_train_step(
-                *(language_model_loss(model), optimizer),
-                compute_dtype="float32",
-                dropout_seed=None,
-                accumulates=False,
-            )
+            step = make_train_step(language_model_loss(model), optimizer, dropout_seed=None, accumulates=False)
             self.state = init_state(model, optimizer, 0)
             draw = np.random.default_rng(0)
             tokens = draw.integers(0, config.vocab_size, (1, 1, batch_size, config.context_length + 1), np.int32)

@@ -50,7 +50,6 @@ def train_speed(config: Config, blocks: int, steps: int, profile: str | None) ->
     train_step = make_train_step(
         language_model_loss(model, training.z_loss),
         optimizer,
-        compute_dtype=model_config.compute_dtype,
         dropout_seed=training.seed if drops else None,
         accumulates=A > 1,
         steps_per_dispatch=K,

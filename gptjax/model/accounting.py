@@ -138,8 +138,9 @@ def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
 
     - parameters (f > 1): 2 c M/t + 4 v, of M weights in blocks' matrices and v norms and biases; the embedding
       4 V D/t where it is looked up and c V D/t where it is the head (once, if both are float32); positions 4 T D.
-    - gradients (data · f > 1): c M/t + 4 v; embedding and head as above, each alone even if they are tied. Where both
-      rows and sequences are split, all but the table's twice: XLA adds up one dimension after the other.
+    - gradients (data · f > 1): 4 (M + 2 V D)/t + 4 v + 4 T D, in float32 whatever the compute type, the embedding and
+      the head each alone even if they are tied. Where both rows and sequences are split, the last two terms twice: XLA
+      adds up one dimension after the other.
     - activations (t > 1): c R S D (4 L + 1), 4 R S D for the look-up and 12 R S for the loss.
     - keys and values (context > 1): 2 c L R T K H / t.
     """
@@ -151,14 +152,14 @@ def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
     stored = L * (2 * norm + 2 * D * config.bias) + (norm if config.norm_position == "pre" else 0)
     whole = L * config.bias * (N * H + 2 * K * H + F * (2 if config.gated else 1)) // t
     whole += (L * 2 * H if config.qk_norm else 0) + (V // t if config.head_bias else 0)
-    table, head = 4 * V * D // t, c * V * D // t
+    table, head = 4 * V * D // t, c * V * D // t  # as they are gathered; both have float32 gradients
     positions = 4 * T * D if config.positions == "learned" else 0
     once = 0 if config.tie_embeddings and c == 4 else head
     rows, tokens = batch_size // (mesh.data * mesh.fsdp), T // mesh.context
     batch, split = mesh.data * mesh.fsdp > 1, mesh.context > 1
     return Traffic(
         2 * c * matrices + 4 * stored + table + once + positions if mesh.fsdp * mesh.context > 1 else 0,
-        (batch + split) * (c * matrices + 4 * (stored + whole) + head + positions) + (batch or split) * table,
+        (batch or split) * (4 * matrices + 2 * table) + (batch + split) * (4 * (stored + whole) + positions),
         rows * tokens * ((4 * L + 1) * c * D + 4 * D + 12) if t > 1 else 0,
         2 * c * L * rows * T * K * H // t if split else 0,
     )

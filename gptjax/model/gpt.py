@@ -41,8 +41,7 @@ def _keep_all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> b
     device would hold the whole model. What `fan_out` marks is only another name of its input, and JAX cannot keep it.
     """
     marked = any(x.sharding.spec.reduced for x in inputs)
-    gathered = primitive.name == "name" and parameters["name"] == sharding.GATHERED
-    return not (marked or gathered or primitive.name in ("reshard", "all_gather"))
+    return not (marked or primitive.name in ("reshard", "all_gather"))
 
 
 REMAT_POLICIES = {
@@ -171,8 +170,7 @@ class GPT(nn.Module):
         head_VD = embedding_VD
         if not c.tie_embeddings:
             head_VD = self.param("head", normal(c.initializer_std, "vocab", "embed"), embedding_VD.shape)
-        head_VD = sharding.gather(head_VD.astype(dtype), "vocab", "embed")
-        logits_BTV = matmul(x_BTD, head_VD.T, "vocab")
+        logits_BTV = matmul(x_BTD, head_VD, ("vocab", "embed"), order="fd")
         if c.head_bias:
             bias_V = self.param("head_bias", constant(0.0, "vocab"), (c.padded_vocab_size,))
             logits_BTV = add_bias(logits_BTV, bias_V)

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, D model, F features out, H head dimension, N 
 (any leading dimensions, flattened), V vocabulary.
 """
 
+import functools
 from typing import Literal
 
 import flax.linen as nn
@@ -13,21 +14,61 @@ import jax.numpy as jnp
 from gptjax.parallel import sharding
 
 
-def matmul(x_BTD: jax.Array, w_DF: jax.Array, out_axis: str) -> jax.Array:
-    """`x @ w` over flattened tokens, with the result's last dimension laid out by `out_axis`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str = "df") -> jax.Array:
+    """`x @ w` in x's type, of a weight as it is stored.
 
-    The one place where the model multiplies by a weight. Tokens are flattened because XLA's CPU backend
-    is slow at the weight gradient `btd,btf->df`, which contracts two dimensions; others do not mind. Where
-    devices split sequences, flattened tokens would have to change places between them.
+    The one place where the model multiplies by a weight. Each pass gathers it for itself. Its gradient leaves the
+    product in float32, in which that is accumulated anyway, and is summed over devices in float32.
+
+    Args:
+        w_DF: in any type; in float32 where its gradient is asked for.
+        axes: logical axes of `w`. That of F is the result's last, which is whole where F is `embed`.
+        order: of w's dimensions; `fd` for one that is stored as its transpose.
     """
-    lead = x_BTD.shape[:-1]
+    return _matmul_forward(x_BTD, w_DF, axes, order)[0]
+
+
+def _matmul_forward(x_BTD, w_DF, axes, order):
+    w_DF = w_DF.astype(x_BTD.dtype)  # kept, for XLA would gather the result of a second cast once more
+    return _product(x_BTD, w_DF, axes, order), (x_BTD, w_DF)
+
+
+def _matmul_backward(axes, order, residuals, dy_BTF):
+    x_BTD, w_DF = residuals
+    (dx_BTD,) = jax.linear_transpose(lambda x_BTD: _product(x_BTD, w_DF, axes, order), x_BTD)(dy_BTF)
+    (x, tokens), (dy, _) = _flatten(x_BTD), _flatten(dy_BTF)
+    dw_DF = jnp.einsum(
+        f"{tokens}d,{tokens}f->{order}",
+        *(x, dy),
+        precision=precision(x),
+        preferred_element_type=jnp.float32,
+        out_sharding=sharding.partial_sums(*axes),
+    )
+    return dx_BTD, sharding.reshard(dw_DF, *axes)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _product(x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str) -> jax.Array:
+    x, tokens = _flatten(x_BTD)
+    w_DF, out_axis = sharding.gather(w_DF, *axes), axes[order.index("f")]
+    out_axes = ("batch", "sequence", "features" if out_axis == "embed" else out_axis)
+    out_sharding = sharding.spec(*(out_axes if tokens == "bt" else out_axes[::2]))
+    y = jnp.einsum(f"{tokens}d,{order}->{tokens}f", x, w_DF, precision=precision(x), out_sharding=out_sharding)
+    return jnp.reshape(y, (*x_BTD.shape[:-1], y.shape[-1]), out_sharding=sharding.spec(*out_axes))
+
+
+def _flatten(x_BTD: jax.Array) -> tuple[jax.Array, str]:
+    """Tokens in one dimension, and einsum's letters for them.
+
+    XLA's CPU backend is slow at the weight gradient `btd,btf->df`, which contracts two dimensions; others do not mind.
+    Where devices split sequences, flattened tokens would have to change places between them.
+    """
     if sharding.num_shards("sequence") > 1:
-        out_sharding = sharding.spec("batch", "sequence", out_axis)
-        return jnp.einsum("btd,df->btf", x_BTD, w_DF, precision=precision(x_BTD), out_sharding=out_sharding)
-    x_XD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    y_XF = jnp.dot(x_XD, w_DF, precision=precision(x_XD), out_sharding=sharding.spec("batch", out_axis))
-    out_axes = ("batch", *["sequence"] * (len(lead) - 1), out_axis)
-    return jnp.reshape(y_XF, (*lead, w_DF.shape[-1]), out_sharding=sharding.spec(*out_axes))
+        return x_BTD, "bt"
+    return x_BTD.reshape(-1, x_BTD.shape[-1]), "x"
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:
@@ -36,8 +77,9 @@ def precision(x: jax.Array) -> jax.lax.Precision | None:
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Add a vector to the last dimension; explicit broadcasting keeps rank promotion an error."""
-    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias.shape)
+    """Add a vector to the last dimension, whose gradient is summed in its own type, float32."""
+    y = x.astype(bias.dtype) + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return y.astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -52,8 +94,7 @@ class Linear(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         shape = (x_BTD.shape[-1], self.features)
         w_DF = self.param("w", normal(self.init_std, *self.axes), shape)
-        out_axis = "features" if self.axes[1] == "embed" else self.axes[1]
-        y_BTF = matmul(x_BTD, sharding.gather(w_DF.astype(x_BTD.dtype), *self.axes), out_axis)
+        y_BTF = matmul(x_BTD, w_DF, self.axes)
         if self.bias:
             b_F = self.param("b", constant(0.0, self.axes[1]), (self.features,))
             y_BTF = add_bias(y_BTF, sharding.gather(b_F, self.axes[1]))

@@ -20,9 +20,9 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 
 def compute_copy(params: Any, dtype: jnp.dtype, names: Collection[str] = MATRICES) -> Any:
-    """The parameters with all matrices in the compute type, cast once and used many times.
+    """The parameters with all matrices in the compute type, cast once and used many times: to evaluate and to decode.
 
-    Gradients with respect to this copy are those with respect to the parameters.
+    Training has no use for it: gradients would come out in the compute type, too.
 
     Args:
         names: parameters to cast, by the last part of their name.

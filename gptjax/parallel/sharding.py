@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 TABLE: dict[str, str | tuple[str, ...] | None] = {
@@ -30,9 +29,6 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
     "ffn": "tensor",
     "vocab": "tensor",
 }
-
-GATHERED = "gathered"
-"""What `jax.checkpoint` knows gathered parameters by."""
 
 _whole_sequences = contextvars.ContextVar("whole_sequences", default=False)
 
@@ -78,12 +74,14 @@ def reshard(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def gather(parameter: jax.Array, *axes: str) -> jax.Array:
-    """A parameter as it is used: whole along `embed`, along which `fsdp` stores it in pieces.
+    """A parameter as it is used: whole along `embed`, along which `fsdp` stores it in pieces."""
+    return reshard(parameter, *("features" if axis == "embed" else axis for axis in axes))
 
-    It is named GATHERED, so that a backward pass may gather it again instead of keeping it.
-    """
-    whole = reshard(parameter, *("features" if axis == "embed" else axis for axis in axes))
-    return checkpoint_name(whole, GATHERED) if "embed" in axes and num_shards("embed") > 1 else whole
+
+def partial_sums(*axes: str) -> P | None:
+    """The partition of a parameter's gradient that each device has summed over its own tokens only."""
+    whole, tokens = spec(*("features" if axis == "embed" else axis for axis in axes)), spec("batch", "sequence")
+    return None if whole is None else P(*whole, unreduced=set(jax.tree.leaves(tuple(tokens))))
 
 
 def fan_out(x_BTD: jax.Array, axis: str) -> jax.Array:

@@ -263,7 +263,6 @@ def _compile_step(
     return make_train_step(
         language_model_loss(model, training.z_loss, callbacks.separator(config, tokenizer)),
         optimizer,
-        compute_dtype=c.compute_dtype,
         dropout_seed=training.seed if drops else None,
         accumulates=training.batch_size > training.resolved_micro_batch_size,
         steps_per_dispatch=training.steps_per_dispatch,

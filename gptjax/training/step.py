@@ -4,14 +4,12 @@ Shape suffixes: K steps of a dispatch, A accumulated micro-batches, B sequences 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gptjax.model.gpt import Params
-from gptjax.parallel.precision import compute_copy
 from gptjax.training.guard import judge
 from gptjax.training.losses import Batch, Loss
 from gptjax.training.state import TrainState
@@ -24,7 +22,6 @@ def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    compute_dtype: Any,
     dropout_seed: int | None,
     accumulates: bool,
     steps_per_dispatch: int = 1,
@@ -41,7 +38,6 @@ def make_train_step(
     Args:
         loss: as described in `losses.py`.
         optimizer: as `make_optimizer` gives it.
-        compute_dtype: type of the matrices in the compute copy.
         dropout_seed: seed of the dropout; None: no dropout.
         accumulates: whether a step may have more than one micro-batch.
         steps_per_dispatch: K.
@@ -49,13 +45,10 @@ def make_train_step(
     """
 
     def gradients(params: Params, batch: Batch, num_micro: jax.Array, key: jax.Array | None):
-        params = compute_copy(params, compute_dtype)
-
         def one(index: jax.Array | int) -> tuple[Params, Metrics]:
             micro = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            grads, sums = jax.grad(loss, has_aux=True)(params, micro, micro_key)
-            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
+            return jax.grad(loss, has_aux=True)(params, micro, micro_key)
 
         if not accumulates:
             return one(0)

@@ -14,6 +14,7 @@ from gptjax.model.layers import (
     FeedForward,
     Linear,
     Norm,
+    add_bias,
     constant,
     dropout,
     matmul,
@@ -31,13 +32,32 @@ RANDOM = np.random.default_rng(0)
 def test_matmul_and_its_gradient_under_a_mesh(mesh):
     """Flattening tokens changes neither the product nor the gradients, and the result is laid out as asked."""
     x, w, d = (RANDOM.normal(size=s).astype(np.float32) for s in ((8, 3, 4), (4, 6), (8, 3, 6)))
-    x_BTD, w_DF = sharding.reshard(x, "batch", "sequence", "features"), sharding.reshard(w, "features", "ffn")
-    y_BTF, vjp = jax.vjp(lambda x, w: matmul(x, w, "ffn"), x_BTD, w_DF)
+    x_BTD, w_DF = sharding.reshard(x, "batch", "sequence", "features"), sharding.reshard(w, "embed", "ffn")
+    y_BTF, vjp = jax.vjp(lambda x, w: matmul(x, w, ("embed", "ffn")), x_BTD, w_DF)
     assert jax.typeof(y_BTF).sharding.spec == P(("data", "fsdp"), "context", "tensor")
     dx, dw = vjp(sharding.reshard(d, "batch", "sequence", "ffn"))
     np.testing.assert_allclose(y_BTF, x @ w, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx, d @ w.T, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dw, np.einsum("btd,btf->df", x, d), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["df", "fd"])
+def test_gradients_of_parameters_are_float32_sums(order):
+    """Of bfloat16 activations a weight and a bias get the gradient that float32 sums over 512 tokens give, to float32's
+    rounding, where bfloat16's is 2⁻⁹; the result and the gradient of the activation stay bfloat16."""
+    x, d = (jnp.asarray(RANDOM.normal(size=(4, 128, size)), jnp.bfloat16) for size in (8, 6))
+    w, b = RANDOM.normal(size=(8, 6)).astype(np.float32), RANDOM.normal(size=6).astype(np.float32)
+    w = w if order == "df" else w.T
+
+    def layer(x, w, b):
+        return add_bias(matmul(x, w, ("embed", "ffn") if order == "df" else ("ffn", "embed"), order), b)
+
+    y, vjp = jax.vjp(layer, x, w, b)
+    dx, dw, db = vjp(d)
+    assert (y.dtype, dx.dtype, dw.dtype, db.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32, jnp.float32)
+    x, d = np.asarray(x, np.float64), np.asarray(d, np.float64)
+    np.testing.assert_allclose(dw, np.einsum(f"btd,btf->{order}", x, d), rtol=0, atol=1e-4)  # of values up to 70
+    np.testing.assert_allclose(db, d.sum((0, 1)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

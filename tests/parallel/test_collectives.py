@@ -1,5 +1,7 @@
 """Collectives are what the theory says: read off the compiled step of eight devices, kinds and bytes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,23 +38,63 @@ MESHES = [
 ]
 
 
-def compiled_step(config, axes) -> str:
+def compiled_step(config, axes, options=None) -> str:
     with jax.set_mesh(make_mesh(MeshConfig(**axes))):
         model, optimizer = GPT(config), make_optimizer(OptimizerConfig())
         loss = language_model_loss(model)
-        step = make_train_step(loss, optimizer, compute_dtype="float32", dropout_seed=None, accumulates=False)
+        step = make_train_step(loss, optimizer, dropout_seed=None, accumulates=False)
         layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec("stack", "stack", "batch", "keys"))
         tokens = jax.ShapeDtypeStruct((1, 1, BATCH, T + 1), jnp.int32, sharding=layout)
         arguments = ({"tokens": tokens}, np.ones(1, np.int32), np.ones(1, np.float32), 1)
-        return step.lower(abstract_state(model, optimizer), *arguments).compile().as_text()
+        return step.lower(abstract_state(model, optimizer), *arguments).compile(options).as_text()
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()))
-@pytest.mark.parametrize("switches", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def partitioned_step(config, axes, folder) -> str:
+    """The step's HLO as the partitioner leaves it: later on, XLA's CPU backend makes float32 of bfloat16."""
+    compiled_step(config, axes, {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"})
+    (text,) = folder.glob("*train_step*after_spmd-partitioning*.txt")
+    return text.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def uncached():
+    """Nothing goes into the cache of compiled programs: what comes out of it is not compiled, and leaves no HLO."""
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def by_mesh(*meshes):
+    return pytest.mark.parametrize("axes", meshes, ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()))
+
+
+by_family = pytest.mark.parametrize("switches", [GPT2, LLAMA], ids=["gpt2", "llama"])
+
+
+@by_mesh(*MESHES)
+@by_family
 def test_bytes_are_those_of_the_formula(switches, axes):
     """Each kind within 2 % of `traffic`, which is derived by hand, and no other kind."""
     config = ModelConfig(**switches, compute_dtype="float32")
-    found = bytes_by_kind(compiled_step(config, axes))
+    assert_theory(config, axes, compiled_step(config, axes))
+
+
+@by_mesh(*MESHES)
+@by_family
+def test_gradients_are_summed_in_float32(switches, axes, tmp_path, uncached):
+    """In bfloat16, too, although parameters are gathered, and activations summed, in that: the bytes are those of
+    `traffic`, and without tensor parallelism no sum is in bfloat16."""
+    config = ModelConfig(**switches, compute_dtype="bfloat16")
+    text = partitioned_step(config, axes, tmp_path)
+    assert_theory(config, axes, text)
+    sums = re.findall(r"= (\w+)\[\S* all-reduce\(", text)
+    assert len(sums) > 20
+    assert ("bf16" in sums) == ("tensor" in axes)
+
+
+def assert_theory(config, axes, text):
+    found = bytes_by_kind(text)
     mesh = MeshConfig(**{"fsdp": 1, "tensor": 1} | axes)
     theory = traffic(config, mesh, BATCH)
     expected = {
@@ -71,6 +113,13 @@ def test_data_parallelism_reduces_each_gradient_once():
     assert {c.kind for c in found} == {"all-reduce"}
     counts = parameter_counts(config)
     assert sum(c.bytes for c in found) == pytest.approx(4 * (counts["total"] + counts["embedding"]), rel=0.001)
+
+
+def test_saved_products_are_not_summed_again():
+    """`save_dots` keeps the results of products, and with them the sums over devices, from the backward pass."""
+    configs = (ModelConfig(**GPT2, remat=r, compute_dtype="float32") for r in ("none", "save_dots", "full"))
+    none, save_dots, full = (bytes_by_kind(compiled_step(config, {"data": 1, "tensor": 8})) for config in configs)
+    assert none == save_dots != full
 
 
 def test_tensor_parallelism_reduces_twice_a_block_and_pass():
