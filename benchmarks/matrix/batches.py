@@ -4,7 +4,19 @@ import random
 import time
 from pathlib import Path
 
-from benchmarks.matrix.runs import ROOT, STEPS, Ended, Row, finish, losses, records, start, summary, train
+from benchmarks.matrix.runs import (
+    ROOT,
+    STEPS,
+    Ended,
+    Row,
+    finish,
+    losses,
+    records,
+    start,
+    summary,
+    train,
+    wait_for_step,
+)
 
 OPTIONS = ("--training.eval-every-steps", STEPS, "--checkpoint.every-steps", 50)
 
@@ -91,10 +103,9 @@ def account(base: Path, draw: random.Random) -> list[Row]:
     options = ("--training.steps", 6000, "--training.eval-every-steps", 500, "--checkpoint.every-steps", 100)
     begun = time.time()
     process = start(ROOT / "train.py", "faults.py", "--run-dir", run, *options)
-    while not any(record["step"] >= 2950 for record in records(run)):
-        time.sleep(0.01)
+    wait_for_step(run, 2950, process)
     process.kill()
-    process.communicate()
+    process.wait()
     ended = train(run)
     wall = (run / "summary.json").stat().st_mtime - begun  # what comes after is Python's way out
     seconds = summary(run)["seconds"]

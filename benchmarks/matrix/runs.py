@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,21 +54,25 @@ def start(*command: Any, devices: int = 1, limit_bytes: int | None = None) -> su
     """A process of this interpreter, with so many devices, that may write no larger files than this."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     limit = None if limit_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes,) * 2)
-    return subprocess.Popen(
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- a pipe that nobody reads would stop the process
+    process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         env=os.environ
         | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
-        text=True,
         preexec_fn=limit,
     )
+    process.output = output
+    return process
 
 
 def finish(process: subprocess.Popen, since: float | None = None) -> Ended:
     begun = time.monotonic() if since is None else since
-    output, _ = process.communicate(timeout=600)
-    return Ended(process.returncode, output, time.monotonic() - begun)
+    code = process.wait(timeout=600)
+    seconds = time.monotonic() - begun
+    process.output.seek(0)
+    return Ended(code, process.output.read(), seconds)
 
 
 def train(*arguments: Any, **settings: Any) -> Ended:
@@ -83,8 +88,15 @@ def pair(*arguments: Any) -> list[subprocess.Popen]:
     return [start(ROOT / "train.py", *arguments, *group, number, devices=2) for number in range(2)]
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    while not any(record["step"] >= step for record in records(run)):
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    """Until the run's metrics tell of this step.
+
+    Raises:
+        RuntimeError: the process ended before.
+    """
+    while not any(record["step"] >= step for record in records(run)[-1:]):
+        if process.poll() is not None:
+            raise RuntimeError(finish(process).output)
         time.sleep(0.01)
 
 

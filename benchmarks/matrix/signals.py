@@ -1,7 +1,6 @@
 """Rows 1 to 8 and 22: processes that are killed, told to stop, started twice or on other devices."""
 
 import random
-import re
 import signal
 import time
 from pathlib import Path
@@ -34,12 +33,10 @@ def killed(base: Path, draw: random.Random) -> list[Row]:
             ROOT / "train.py", *([run] if (run / "config.json").exists() else ["faults.py", "--run-dir", run])
         )
         goal = reached + draw.randint(1, 40)
-        for line in process.stdout:
-            if (match := re.match(r"step +(\d+)/", line)) and int(match[1]) >= goal:
-                break
+        wait_for_step(run, goal, process)
         time.sleep(draw.uniform(0, 0.05))
         process.kill()
-        process.communicate()
+        process.wait()
         told = max((record["step"] for record in records(run)), default=0)
         reached = max(steps(run), default=0)
         valid += (not steps(run) or whole(run)) and not list((run / "checkpoints").glob("*.damaged*"))
@@ -62,7 +59,7 @@ def told_to_stop(base: Path, draw: random.Random) -> list[Row]:
         for attempt in range(5):
             run = Path(f"stopped-{number}-{attempt}")
             process = start(ROOT / "train.py", "faults.py", "--run-dir", run)
-            wait_for_step(run, 5 + attempt)
+            wait_for_step(run, EVERY - 2 + attempt, process)
             told = time.monotonic()
             for _ in range(times):
                 process.send_signal(signal.SIGTERM)
@@ -80,7 +77,7 @@ def two_processes(base: Path, draw: random.Random) -> list[Row]:
     """4, 5 and 8: SIGTERM and SIGKILL of one of two, and on with one."""
     run = Path("two")
     processes = pair("faults.py", "--run-dir", run, "--training.steps", 2000, "--training.eval-every-steps", 10)
-    wait_for_step(run, 12)
+    wait_for_step(run, 12, processes[0])
     told = time.monotonic()
     processes[1].send_signal(signal.SIGTERM)
     ended = [finish(process, told) for process in processes]
@@ -111,7 +108,7 @@ def two_processes(base: Path, draw: random.Random) -> list[Row]:
 
     run = Path("two-killed")
     processes = pair("faults.py", "--run-dir", run, "--training.steps", 100_000, "--training.eval-every-steps", 0)
-    wait_for_step(run, 12)
+    wait_for_step(run, 12, processes[0])
     told = time.monotonic()
     processes[1].kill()
     ended, _ = [finish(process, told) for process in processes]
@@ -149,11 +146,11 @@ def started_twice(base: Path, draw: random.Random) -> list[Row]:
     """22: two runs in one directory."""
     run = Path("busy")
     first = start(ROOT / "train.py", "faults.py", "--run-dir", run, "--training.steps", 100_000)
-    wait_for_step(run, 3)
+    wait_for_step(run, 3, first)
     second = train("faults.py", "--run-dir", run, "--training.steps", 100_000)
     alone = first.poll() is None
     first.kill()
-    first.communicate()
+    first.wait()
     good = alone and refused(second, "is in use by process", str(first.pid))
     return [Row("22", "two runs in one directory", 1, good, f"the second refused after {second.seconds:.1f} s")]
 

@@ -125,7 +125,7 @@ def toy_step(spike_sigmas=6.0):
         weight = jnp.ones(())
         return nll * batch["factor"].sum(), {"nll": nll * batch["leap"].sum(), "weight": weight}
 
-    settings = {"compute_dtype": "float32", "dropout_seed": None, "accumulates": False, "steps_per_dispatch": 2}
+    settings = {"dropout_seed": None, "accumulates": False, "steps_per_dispatch": 2}
     return make_train_step(loss, OPTIMIZER, spike_sigmas=spike_sigmas, **settings)
 
 
