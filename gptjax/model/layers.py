@@ -68,7 +68,7 @@ def _flatten(x_BTD: jax.Array) -> tuple[jax.Array, str]:
     """
     if sharding.num_shards("sequence") > 1:
         return x_BTD, "bt"
-    return x_BTD.reshape(-1, x_BTD.shape[-1]), "x"
+    return sharding.join_tokens(x_BTD), "x"
 
 
 def precision(x: jax.Array) -> jax.lax.Precision | None:

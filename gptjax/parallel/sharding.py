@@ -84,6 +84,17 @@ def partial_sums(*axes: str) -> P | None:
     return None if whole is None else P(*whole, unreduced=set(jax.tree.leaves(tuple(tokens))))
 
 
+def join_tokens(x_BTD: jax.Array) -> jax.Array:
+    """(B · T, D), split over tokens as the batch was, also where that is one row, in which JAX would not see it."""
+    shape = (x_BTD.size // x_BTD.shape[-1], x_BTD.shape[-1])
+    if not has_mesh():
+        return x_BTD.reshape(shape)
+    before = jax.typeof(x_BTD).sharding.spec
+    tokens = tuple(jax.tree.leaves(tuple(spec("batch", "sequence"))))
+    after = P(tokens, before[-1], reduced=before.reduced, unreduced=before.unreduced)
+    return jnp.reshape(x_BTD, shape, out_sharding=after)
+
+
 def fan_out(x_BTD: jax.Array, axis: str) -> jax.Array:
     """An activation that several products take, whose results are split along `axis`.
 

@@ -169,6 +169,20 @@ def test_no_gradient_is_rounded_to_bfloat16(switches, tiny, switched_on):
     assert max(shares.values()) < 0.5, shares
 
 
+@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 1, "tensor": 8}, {"data": 1, "context": 4}], ids=str)
+def test_a_batch_of_one_sequence(axes, switched_on):
+    """JAX takes a dimension of one for none, and so forgets how it is split: gradients are those without a mesh."""
+    config = dataclasses.replace(switched_on, context_length=8)
+    model, tokens = GPT(config), RANDOM.integers(0, 61, (1, 9)).astype(np.int32)
+    start = jax.device_get(init_state(model, OPTIMIZER, seed=0).params)
+    gradient = jax.grad(language_model_loss(model), has_aux=True)
+    expected, _ = jax.jit(gradient)(start, {"tokens": tokens}, None)
+    with jax.set_mesh(make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])):
+        target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, OPTIMIZER).params)
+        found, _ = jax.jit(gradient)(jax.device_put(start, target), {"tokens": sharding.put_batch(tokens)}, None)
+    assert_close(jax.device_get(found), jax.device_get(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_state_is_donated_and_stays_float32():
     state = bigram_state()
     embedding = state.params["embedding"]
