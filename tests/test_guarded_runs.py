@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -54,7 +55,8 @@ def test_a_diverged_run_goes_back_and_leaves_the_batches_out(inside, poisoned, c
     assert None not in [line["loss"] for line in lines]
     output = capsys.readouterr().out
     assert "diverged: step 8: 2 steps in a row were skipped" in output
-    assert "back to step 4, and on without the next 64 sequences; 2 tries are left" in output
+    assert "back to step 4, and on without the next 64 sequences; tries left: 2" in output
+    assert "checkpoint 8" not in output
     metadata = checkpoint.read_metadata(directory / "checkpoints", 12)
     assert metadata["progress"] == {"step": 12, "sequences": 12 * 16, "tokens": 12 * 16 * 16, "left_out": 64}
     summary = json.loads((directory / "summary.json").read_text())
@@ -68,7 +70,9 @@ def test_longer_bad_data_is_left_out_by_going_back_again(inside):
         assert train.main(["tiny.py", "--guard.max-skipped", "2", "--run-dir", "runs/rolled-back-twice"]) == 0
     records = read_metrics(inside / "runs" / "rolled-back-twice" / "metrics.jsonl")
     events = [record for record in records if "rolled_back_from" in record]
-    assert [(e["step"], e["rolled_back_from"], e["left_out_sequences"]) for e in events] == [(4, 8, 64), (4, 6, 192)]
+    expected = [(4, 8, 64, 64), (4, 7, 224, 224)]  # by step 7 the metrics of step 6 are seen
+    names = ("step", "rolled_back_from", "left_out_sequences", "left_out")
+    assert [tuple(event[name] for name in names) for event in events] == expected
     assert [record["skipped_steps"] for record in records if "loss" in record] == [0] * 12
 
 
@@ -88,6 +92,54 @@ def test_a_machine_that_computes_wrong_ends_the_run(inside, capsys):
     directory = inside / "runs" / "faulty"
     assert json.loads((directory / "summary.json").read_text())["stopped"] == "corrupted"
     assert [path.name for path in (directory / "checkpoints").iterdir() if path.name.isdigit()] == []
+
+
+def test_a_rollback_outlives_its_process(inside):
+    """Killed between going back and the next save, a run leaves the same sequences out when it goes on."""
+    directory = inside / "runs" / "went-back"
+    with scaled_rows(96, 128, math.nan):
+        options = ["--guard.max-skipped", "2", "--checkpoint.keep-newest", "9", "--run-dir", str(directory)]
+        assert train.main(["tiny.py", *options]) == 0
+        expected = read_metrics(directory / "metrics.jsonl")
+        for step in checkpoint.all_steps(directory / "checkpoints"):
+            if step > 4:
+                shutil.rmtree(directory / "checkpoints" / str(step))
+        (directory / "summary.json").unlink()
+        assert train.main([str(directory)]) == 0
+    same = ("step", "loss", "val_loss", "left_out")
+    found = read_metrics(directory / "metrics.jsonl")
+    assert [[r.get(name) for name in same] for r in found] == [[r.get(name) for name in same] for r in expected]
+
+
+def test_a_rollback_keeps_what_it_no_longer_uses(inside, capsys):
+    """A mistyped learning rate ruins a run that goes on: no checkpoint from before is lost, whatever is tried next."""
+    arguments = ["tiny.py", "--run-dir", "runs/mistyped", "--checkpoint.every-steps", "2"]
+    assert train.main([*arguments, "--training.steps", "6"]) == 0
+    wrong = ["--training.steps", "16", "--optimizer.peak-learning-rate", "1e38", "--guard.max-skipped", "1"]
+    accept = ["--accept-changes", "optimizer.peak_learning_rate"]
+    assert train.main([*arguments, *wrong, *accept]) == cli.EXIT_OF["diverged"]
+    names = {path.name for path in (inside / "runs" / "mistyped" / "checkpoints").iterdir()}
+    assert {"6", "6.rolled-back"} & names
+    assert {"4", "4.rolled-back"} & names
+    capsys.readouterr()
+    assert train.main([*arguments, "--training.steps", "16", *accept]) == 0
+    assert f"steps {4 if '4' in names else 2} to 16" in capsys.readouterr().out
+
+
+def test_a_configuration_that_was_changed_by_hand_is_refused(inside):
+    assert train.main(["tiny.py", "--run-dir", "runs/edited", "--training.steps", "4"]) == 0
+    path = inside / "runs" / "edited" / "config.json"
+    path.write_text(path.read_text().replace('"beta2": 0.95', '"beta2": 0.91'))
+    with pytest.raises(cli.UserError, match=r"runs/edited was made with another configuration: .*beta2 0.95 → 0.91"):
+        train.main(["runs/edited", "--training.steps", "8"])
+
+
+def test_a_run_that_ends_before_its_first_line_has_a_summary(inside):
+    """Wrong at the first comparison, with nothing logged by then: status 4 all the same."""
+    options = ["--guard.rerun-every-steps", "3", "--training.log-every-steps", "10", "--run-dir", "runs/silent"]
+    with flipped_bit(call=3):
+        assert train.main(["tiny.py", *options]) == 4
+    assert json.loads((inside / "runs" / "silent" / "summary.json").read_text())["stopped"] == "corrupted"
 
 
 def test_accepted_changes(inside, capsys):

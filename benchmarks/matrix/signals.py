@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.matrix.runs import (
     EVERY,
     ROOT,
+    STEPS,
     Row,
     finish,
     fresh,
@@ -32,7 +33,7 @@ def killed(base: Path, draw: random.Random) -> list[Row]:
         process = start(
             ROOT / "train.py", *([run] if (run / "config.json").exists() else ["faults.py", "--run-dir", run])
         )
-        goal = reached + draw.randint(1, 40)
+        goal = min(reached + draw.randint(1, 40), STEPS - EVERY)
         wait_for_step(run, goal, process)
         time.sleep(draw.uniform(0, 0.05))
         process.kill()

@@ -171,7 +171,13 @@ def full_disk(base: Path, draw: random.Random) -> list[Row]:
     again = train(run)
     good = good and again.code == 0 and losses(run) == losses(base)
     rows = [
-        Row("13", "disk full during a save", 1, good, "the old checkpoint stays, nothing half, and goes on later"),
+        Row(
+            "13",
+            "no room for a save (a limit on files)",
+            1,
+            good,
+            "the old checkpoint stays, nothing half, and goes on later",
+        ),
         Row(
             "23",
             "an asynchronous save that failed",

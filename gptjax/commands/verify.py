@@ -97,7 +97,7 @@ def check_run(directory: Path) -> Iterator[Part]:
     if (directory / run_dir.SUMMARY_FILE).is_file():
         yield _check_readable(run_dir.SUMMARY_FILE, lambda: f"{read_summary(directory)['stopped']}")
     yield from (found[step] for step in steps)
-    for aside in sorted(checkpoints.glob("*.damaged*")):
+    for aside in sorted([*checkpoints.glob("*.damaged*"), *checkpoints.glob("*.rolled-back*")]):
         yield Part(f"{checkpoints.name}/{aside.name}", "set aside", "no longer used")
     yield _check_data(config, metadata)
 

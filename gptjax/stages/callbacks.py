@@ -14,6 +14,7 @@ from gptjax.config import Config
 from gptjax.config_files import to_dict
 from gptjax.data.loader import Share, TokenRows, evaluation_rows
 from gptjax.data.shards import PreparedData
+from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import evaluate
 from gptjax.parallel import distributed, sharding
 from gptjax.sampling.config import SamplingConfig
@@ -89,8 +90,11 @@ def sampler(
         if not distributed.is_first():
             return
         text = completion.prompt + completion.text
-        with (directory / run_dir.SAMPLES_FILE).open("a", encoding="utf-8") as file:
-            file.write(f"## step {progress.step}\n\n```\n{text}\n```\n\n")
+        try:
+            with (directory / run_dir.SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.write(f"## step {progress.step}\n\n```\n{text}\n```\n\n")
+        except OSError as error:
+            raise UserError(f"cannot write {directory / run_dir.SAMPLES_FILE}: {error.strerror}") from error
         console.message(f"sample at step {progress.step}:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 
     return sample

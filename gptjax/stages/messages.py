@@ -66,7 +66,7 @@ def closing(summary: dict[str, Any], directory: Path, config: Config) -> str:
         )
     try:
         plot_loss(directory, directory / run_dir.PLOT_FILE)
-    except UserError as error:
+    except (UserError, OSError) as error:
         lines.append(f"no {run_dir.PLOT_FILE}: {error}")
     files = (run_dir.CONFIG_FILE, run_dir.TOKENIZER_FILE, run_dir.CHECKPOINTS, METRICS_FILE, run_dir.SAMPLES_FILE)
     files = (*files, run_dir.SUMMARY_FILE, run_dir.PLOT_FILE)

@@ -71,7 +71,7 @@ def train(
     started = time.perf_counter() if started is None else started
     config = _with_absolute_paths(config)
     if launch is not None:
-        distributed.connect(launch, _card(config))
+        distributed.connect(launch, _card(config) | {"accepted changes": [*accept_changes]})
     chosen = config.run_dir or str(run_dir.next_run_dir(name))
     directory = Path(distributed.gather_text(chosen)[0])  # where all look for a free name, the first decides
     config = dataclasses.replace(config, run_dir=str(directory))
@@ -93,8 +93,7 @@ def train(
             if config.data.path == DataConfig().path:
                 console.message("no --data.path: training on the source code of Python's standard library")
             # A run keeps the tokenizer that it was given, wherever the file is by now.
-            new_text = "data.path" in accept_changes
-            kept = continued and (config.tokenizer.path or new_text)
+            kept = continued and (config.tokenizer.path or "data.path" in accept_changes)
             tokenizer = Tokenizer.load(directory / run_dir.TOKENIZER_FILE) if kept else config.tokenizer
             with distributed.first_then_others():
                 data = prepare(config.data, tokenizer, log=console.message)
@@ -102,7 +101,7 @@ def train(
                 resume.check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
             with jax.set_mesh(make_mesh(config.mesh)):
-                return _pretrain(config, directory, data, console, require_folder, new_text, started)
+                return _pretrain(config, directory, data, console, require_folder, accept_changes, started)
 
 
 def _pretrain(
@@ -111,7 +110,7 @@ def _pretrain(
     data: PreparedData,
     console: Console,
     require_folder: Callable[[], None],
-    new_text: bool,
+    accept_changes: Collection[str],
     started: float,
 ) -> dict[str, Any]:
     """Everything from the first array to the summary, under the mesh."""
@@ -119,7 +118,9 @@ def _pretrain(
     _check_prompt(config, data.tokenizer)
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer)
     with stop_on_signals() as stop, ExitStack() as opened:
-        state, progress, seconds_before = resume.start(model, optimizer, config, directory, data, console, new_text)
+        state, progress, seconds_before = resume.start(
+            *(model, optimizer, config), directory, data, console, accept_changes
+        )
         manager = opened.enter_context(checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint))
         loggers: Sequence[Logger] = ()
         with distributed.together():
@@ -142,7 +143,7 @@ def _pretrain(
         with ledger("evaluation"):
             resume.make_up_evaluation(config, directory, state, progress, calls)
         train_step, share = _compile_step(config, model, optimizer, data.tokenizer), callbacks.share(config)
-        rollbacks = Rollbacks(config.guard.max_rollbacks, directory, manager, ledger)
+        rollbacks = Rollbacks(config, directory, manager, ledger)
         stopped = None
         while stopped is None:
             weights, seed = config.data.weights, config.training.seed

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from gptjax.config import Config
+from gptjax.config_files import from_dict
 from gptjax.data.shards import PreparedData
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT
@@ -16,6 +17,7 @@ from gptjax.parallel import distributed
 from gptjax.resolve import refit_mesh
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, recovery, run_dir
+from gptjax.training.guard import forget
 from gptjax.training.loop import Callbacks, is_due
 from gptjax.training.metrics import METRICS_FILE, Console, read_metrics
 from gptjax.training.schedule import Progress
@@ -61,23 +63,25 @@ def start(
     directory: Path,
     data: PreparedData,
     console: Console,
-    new_text: bool,
+    accepted: Collection[str],
 ) -> tuple[TrainState, Progress, dict[str, float]]:
     """The state of the newest checkpoint that is not damaged, or a fresh one; its progress; its seconds by kind.
 
     Args:
-        new_text: the text may be another than before.
+        accepted: fields that may be others than the checkpoint was made with; with `data.path` the text may be.
 
     Raises:
-        UserError: it is, and may not; or as `checkpoint.restore`.
+        UserError: others are; or as `checkpoint.restore`.
     """
     checkpoints = directory / run_dir.CHECKPOINTS
-    if not checkpoint.all_steps(checkpoints):
+    if not recovery.agreed_steps(checkpoints):
         return init_state(model, optimizer, config.training.seed), Progress(), {}
     verify = config.checkpoint.verify
     choice = recovery.choose(checkpoints, checkpoint.steps_by_age, verify=verify, glance=True)
     metadata = checkpoint.read_metadata(checkpoints, choice.step)
-    if metadata["data"] != data.index.content_fingerprint and not new_text:
+    # What config.json says may have been changed since, by hand or by a bad disk; a checkpoint has checksums.
+    run_dir.merge_resume(from_dict(metadata["config"]), config, accepted)
+    if metadata["data"] != data.index.content_fingerprint and "data.path" not in accepted:
         raise UserError(
             f"the tokens in {data.folder} are not those that {directory} was trained on: the text of data.path has "
             "changed; bring it back, start a new run with another --run-dir, or go on with --accept-changes data.path"
@@ -87,7 +91,18 @@ def start(
         if distributed.is_first():
             for line in recovery.tidy(checkpoints, choice):
                 console.message(line)
-    return state, Progress(**metadata["progress"]), metadata["seconds"]
+    if accepted:
+        state = state._replace(guard=forget(state.guard))
+    progress = Progress(**metadata["progress"])
+    return state, progress._replace(left_out=_left_out(directory, progress)), metadata["seconds"]
+
+
+def _left_out(directory: Path, progress: Progress) -> int:
+    """The sequences to leave out, those included of rollbacks to this step that no checkpoint knows of yet."""
+    path = directory / METRICS_FILE
+    records = read_metrics(path) if distributed.is_first() and path.exists() else []
+    told = [record["left_out"] for record in records if "left_out" in record and record["step"] == progress.step]
+    return int(distributed.gather_text(str(max([progress.left_out, *told])))[0])
 
 
 def count_lost(directory: Path, seconds: dict[str, float]) -> dict[str, float]:
@@ -104,7 +119,8 @@ def cut_back(directory: Path, step: int) -> None:
     run_dir.cut_metrics(directory / METRICS_FILE, step)
     samples = directory / run_dir.SAMPLES_FILE
     if samples.exists():
-        sections = re.split(r"^(?=## step \d+$)", samples.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        text = samples.read_text(encoding="utf-8", errors="replace")  # a kill may have cut a character
+        sections = re.split(r"^(?=## step \d+$)", text, flags=re.MULTILINE)
         kept = [s for s in sections if not (match := re.match(r"## step (\d+)", s)) or int(match[1]) <= step]
         run_dir.write_text(samples, "".join(kept))
 
@@ -115,7 +131,8 @@ def make_up_evaluation(
     """Evaluate the restored step if the run was told to stop at it, just before its evaluation."""
     if progress.step == 0 or not is_due(config.training.eval_every_steps, progress.step, config.training.steps):
         return
-    records = read_metrics(directory / METRICS_FILE) if distributed.is_first() else []
+    path = directory / METRICS_FILE
+    records = read_metrics(path) if distributed.is_first() and path.exists() else []
     found = any(record["step"] == progress.step and "val_loss" in record for record in records)
     if not distributed.gather_text("evaluated" if found else "")[0]:
         calls.report({"step": progress.step, "tokens": progress.tokens, **calls.evaluate(state)})

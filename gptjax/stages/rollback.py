@@ -5,6 +5,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
+from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.parallel import distributed
 from gptjax.stages import resume
@@ -22,8 +23,9 @@ class Rollbacks:
     parameters do no harm, and neither do these parameters on other batches.
     """
 
-    def __init__(self, most: int, directory: Path, manager: ocp.CheckpointManager, ledger: Ledger):
-        self._left, self._directory, self._manager, self._ledger = most, directory, manager, ledger
+    def __init__(self, config: Config, directory: Path, manager: ocp.CheckpointManager, ledger: Ledger):
+        self._left, self._verify = config.guard.max_rollbacks, config.checkpoint.verify
+        self._directory, self._manager, self._ledger = directory, manager, ledger
         self._used: list[int] = []
 
     def roll_back(
@@ -34,35 +36,46 @@ class Rollbacks:
         Where no newer one was saved since it last went back, either the bad data is longer than what was left out, or
         the checkpoint is bad itself: twice as much is left out then, and a third time an older one is taken.
 
-        Newer checkpoints are removed, because they lead to where the run diverged, and the run will reach their steps
-        again; so are later lines of its logs, and one of `metrics.jsonl` tells of it. All processes call it.
+        Newer checkpoints lead to where the run diverged, and the run will reach their steps again: they become
+        `STEP.rolled-back`. Later lines of the logs are cut, and one of `metrics.jsonl` tells of it. All processes call
+        it.
 
         Returns:
             The state and its progress, from which sequences that were seen since are left out.
         """
         self._manager.wait_until_finished()
         checkpoints = self._directory / run_dir.CHECKPOINTS
-        steps = [step for step in checkpoint.all_steps(checkpoints)[::-1] if self._used.count(step) < 2]
+        steps = [step for step in recovery.agreed_steps(checkpoints) if self._used.count(step) < 2]
         if not self._left or not steps:
             return None
         try:
-            chosen = recovery.choose(checkpoints, lambda _: steps).step
+            choice = recovery.choose(checkpoints, lambda _: steps, verify=self._verify)
         except UserError as error:  # all are damaged
             say(str(error))
             return None
-        self._left -= 1
-        again = bool(self._used) and chosen <= self._used[-1]
-        self._used.append(chosen)
-        state, metadata = checkpoint.restore(checkpoints, chosen, abstract_state)
-        for step in [step for step in self._manager.all_steps() if step > chosen]:
-            self._manager.delete(step)
-        self._ledger.lose(since=metadata["seconds"])
+        state, metadata = checkpoint.restore(checkpoints, choice.step, abstract_state)
         saved = Progress(**metadata["progress"])
+        again = bool(self._used) and choice.step <= self._used[-1]
         newly = (diverged.position - saved.position) * (2 if again else 1)
         progress = saved._replace(left_out=saved.left_out + newly)
-        say(f"back to step {progress.step}, and on without the next {newly:,} sequences; {self._left} tries are left")
-        if distributed.is_first():
-            resume.cut_back(self._directory, progress.step)
-            event = {"rolled_back_from": diverged.step, "left_out_sequences": newly}
-            MetricsLog(self._directory / METRICS_FILE).write({"step": saved.step, "tokens": saved.tokens} | event)
+        self._left -= 1
+        self._used.append(choice.step)
+        with distributed.together():
+            if distributed.is_first():
+                self._tidy(choice, say)
+                resume.cut_back(self._directory, saved.step)
+                event = {"rolled_back_from": diverged.step, "left_out_sequences": newly, "left_out": progress.left_out}
+                MetricsLog(self._directory / METRICS_FILE).write({"step": saved.step, "tokens": saved.tokens} | event)
+        self._manager.reload()
+        self._ledger.lose(since=metadata["seconds"])
+        say(f"back to step {saved.step}, and on without the next {newly:,} sequences; tries left: {self._left}")
         return state, progress
+
+    def _tidy(self, choice: recovery.Choice, say: Callable[[str], None]) -> None:
+        checkpoints = self._directory / run_dir.CHECKPOINTS
+        for line in recovery.tidy(checkpoints, choice):
+            say(line)
+        for step in checkpoint.all_steps(checkpoints):
+            if step > choice.step:
+                aside = recovery.set_aside(checkpoints / str(step), "rolled-back")
+                say(f"checkpoint {step} is kept as {aside.name}; nothing uses it any more")

@@ -21,16 +21,23 @@ class Guard(NamedTuple):
     losses_W: jax.Array
     """Of the last steps that counted, in no order."""
     grad_norms_W: jax.Array
-    counted: jax.Array
-    """Steps so far that changed the model."""
+    seen: jax.Array
+    """Steps that were remembered so far."""
+    skipped: jax.Array
+    """Steps that changed nothing, since the run began."""
     in_a_row: jax.Array
-    """Steps since the last of them, all skipped."""
+    """Of the skipped steps those since the last that counted."""
 
 
 def init_guard() -> Guard:
     """Before the first step."""
-    # Four arrays, for a state is donated, and no buffer can be given away twice.
-    return Guard(*(jnp.zeros(WINDOW, jnp.float32) for _ in range(2)), *(jnp.zeros((), jnp.int32) for _ in range(2)))
+    # Five arrays, for a state is donated, and no buffer can be given away twice.
+    return Guard(*(jnp.zeros(WINDOW, jnp.float32) for _ in range(2)), *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+def forget(guard: Guard) -> Guard:
+    """The guard of a run whose text or settings are others from here on: what is usual is to be seen first."""
+    return guard._replace(seen=jax.jit(jnp.zeros_like)(guard.seen))
 
 
 def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_sigmas: float) -> tuple[jax.Array, Guard]:
@@ -51,15 +58,16 @@ def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_sigmas: flo
         return last_W.mean() + spike_sigmas * last_W.std()
 
     def remember(last_W: jax.Array, value: jax.Array) -> jax.Array:
-        return last_W.at[guard.counted % WINDOW].set(jnp.where(counts, value, last_W[guard.counted % WINDOW]))
+        return last_W.at[guard.seen % WINDOW].set(jnp.where(counts, value, last_W[guard.seen % WINDOW]))
 
     counts = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if spike_sigmas:
         norm_limit = jnp.maximum(limit(guard.grad_norms_W), NORM_FACTOR * guard.grad_norms_W.mean())
-        counts &= (guard.counted < WINDOW) | ((loss <= limit(guard.losses_W)) & (grad_norm <= norm_limit))
+        counts &= (guard.seen < WINDOW) | ((loss <= limit(guard.losses_W)) & (grad_norm <= norm_limit))
     return counts, Guard(
         remember(guard.losses_W, loss),
         remember(guard.grad_norms_W, grad_norm),
-        guard.counted + counts,
+        guard.seen + counts,
+        guard.skipped + ~counts,
         jnp.where(counts, 0, guard.in_a_row + 1),
     )

@@ -95,7 +95,9 @@ def _holder(file: IO[str]) -> str:
 def _is_same(opened: int, path: str | os.PathLike) -> bool:
     try:
         return os.path.samestat(os.fstat(opened), os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:  # ESTALE: another machine has removed it
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            raise
         return False
 
 

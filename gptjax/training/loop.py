@@ -128,8 +128,8 @@ def fit(
             with ledger("evaluation"):
                 evaluation = callbacks.evaluate(state)
             callbacks.report({"step": progress.step, "tokens": progress.tokens, **evaluation})
-            if not all(map(math.isfinite, evaluation.values())):
-                raise Diverged(progress, f"the evaluation gives {evaluation}")
+            if not math.isfinite(evaluation.get("val_loss", 0.0)):
+                raise Diverged(progress, f"the validation loss is {evaluation['val_loss']}")
         if saves and not owed:
             with ledger("checkpoint"):
                 callbacks.save(state, progress, evaluation)
@@ -197,19 +197,19 @@ class _History:
             fetched = jax.device_get(held[2])
             # Where the device keeps up with the host, the newest steps are done by now as well, and count.
             self._measure(progress if _is_done(metrics) else held[0])
-            self._emit(*held[:2], fetched)
+            self._emit(*held[:2], fetched, progress)
 
     def rest(self, progress: Progress, metrics: Metrics) -> bool:
         """Wait for the newest step, whose metrics these are, report what is held, and say whether the step counted."""
         metrics = jax.device_get(metrics)
         self._measure(progress)
         if self._held is not None:
-            self._emit(*self._held[:2], jax.device_get(self._held[2]))
+            self._emit(*self._held[:2], jax.device_get(self._held[2]), progress)
             self._held = None
         self._require_learning(progress, metrics)
         return metrics["skipped_in_a_row"] == 0
 
-    def _emit(self, progress: Progress, rate: float, metrics: Metrics) -> None:
+    def _emit(self, progress: Progress, rate: float, metrics: Metrics, newest: Progress) -> None:
         self._report(
             {
                 "step": progress.step,
@@ -222,14 +222,14 @@ class _History:
                 "seconds": self._ledger.wall_seconds,
             }
         )
-        self._require_learning(progress, metrics)
+        self._require_learning(newest, metrics)
 
-    def _require_learning(self, progress: Progress, metrics: Mapping[str, Any]) -> None:
-        """Fetched metrics of one step."""
+    def _require_learning(self, newest: Progress, metrics: Mapping[str, Any]) -> None:
+        """Look at the fetched metrics of one step; `newest` is as far as the data has been used."""
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row >= self._max_skipped:
             numbers = f"the loss is {metrics['loss']:.4g}, the gradient's norm {metrics['grad_norm']:.4g}"
-            raise Diverged(progress, f"{in_a_row} steps in a row were skipped; {numbers}")
+            raise Diverged(newest, f"{in_a_row} steps in a row were skipped; {numbers}")
 
     def _measure(self, done: Progress) -> None:
         """The speed since the last measurement; it stands where no further step is done since."""

@@ -113,7 +113,9 @@ class Console:
     def _eta(self, record: Mapping[str, Any], steps: int) -> float | None:
         """Seconds left, at the pace since this console's first record: evaluations and saves count."""
         now = record["step"], record["seconds"]
-        first_step, first_seconds = self._first = self._first or now
+        if self._first is None or now[0] < self._first[0]:  # a run that has gone back begins anew
+            self._first = now
+        first_step, first_seconds = self._first
         if now[0] == first_step:
             return None
         return (steps - now[0]) * (now[1] - first_seconds) / (now[0] - first_step)

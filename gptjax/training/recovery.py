@@ -52,6 +52,12 @@ def verify_step(directory: str | os.PathLike, step: int, max_bytes: int | None =
     return verdict
 
 
+def agreed_steps(directory: str | os.PathLike) -> list[int]:
+    """The steps that there are, from the newest on, as process 0 sees them: others may see an older list."""
+    found = json.dumps(all_steps(directory)[::-1] if distributed.is_first() else [])
+    return json.loads(distributed.gather_text(found)[0])
+
+
 def choose(
     directory: str | os.PathLike,
     order: Order,
@@ -68,12 +74,10 @@ def choose(
     Raises:
         UserError: all are damaged; a step holds files that are not its own, or its manifest is of a newer format.
     """
-    if not verify:
-        return Choice(order(directory)[0], "unread", {})
     found = ""
     with distributed.together():
         if distributed.is_first():
-            found = json.dumps(_choose(directory, order, glance))
+            found = json.dumps(_choose(directory, order, glance) if verify else (order(directory)[0], "unread", {}))
     step, status, damaged = json.loads(distributed.gather_text(found)[0])
     return Choice(step, status, {int(number): reason for number, reason in damaged.items()})
 
@@ -84,7 +88,11 @@ def _choose(directory: str | os.PathLike, order: Order, glance: bool) -> Choice:
         chosen = next((step for step, verdict in verdicts.items() if verdict.status != "damaged"), None)
         if chosen is not None and not glance:
             break
-        verdicts[step] = verify_step(directory, step, None if chosen is None else GLANCE_BYTES)
+        try:
+            verdicts[step] = verify_step(directory, step, None if chosen is None else GLANCE_BYTES)
+        except UserError:
+            if chosen is None:  # of those that are not needed it is enough to know what can be known
+                raise
     damaged = {step: verdict.reason for step, verdict in verdicts.items() if verdict.status == "damaged"}
     if damaged and order(directory) != steps:  # a run that is training has just removed what looked damaged
         return _choose(directory, order, glance)
@@ -138,7 +146,7 @@ def tidy(directory: str | os.PathLike, choice: Choice) -> Iterator[str]:
         UserError: a folder cannot be renamed.
     """
     for step, reason in choice.damaged.items():
-        aside = _set_aside(Path(directory) / str(step))
+        aside = set_aside(Path(directory) / str(step), "damaged")
         yield f"checkpoint {step} is damaged ({reason}); using {choice.step}, and keeping it as {aside.name}"
     if choice.status == "unverified":
         line = f"checkpoint {choice.step} is used unverified: it was saved without checksums"
@@ -149,11 +157,16 @@ def tidy(directory: str | os.PathLike, choice: Choice) -> Iterator[str]:
             yield f"{line}, which cannot be added ({error})"
 
 
-def _set_aside(folder: Path) -> Path:
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename `STEP` to `STEP.why`, where nothing looks for it: the run will come to this step again.
+
+    Raises:
+        UserError: it cannot be renamed.
+    """
     endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    names = (folder.with_name(f"{folder.name}.damaged{ending}") for ending in endings)
+    names = (folder.with_name(f"{folder.name}.{why}{ending}") for ending in endings)
     aside = next(name for name in names if not name.exists())
     try:
         return folder.rename(aside)
     except OSError as error:
-        raise UserError(f"the damaged {folder} cannot be renamed to {aside.name}: {error.strerror}") from error
+        raise UserError(f"{folder} cannot be renamed to {aside.name}: {error.strerror}") from error

@@ -241,7 +241,7 @@ def merge_resume(
     if refused:
         listed = ", ".join(f"{name} {changes[name][0]} → {changes[name][1]}" for name in refused)
         raise UserError(
-            f"{saved.run_dir} was made with another configuration: {listed}; "
+            f"{requested.run_dir or saved.run_dir} was made with another configuration: {listed}; "
             f"leave these as they were, choose another --run-dir, or go on with --accept-changes {' '.join(refused)}"
         )
     return replace_fields(requested, left_open), changes
@@ -250,8 +250,14 @@ def merge_resume(
 def cut_metrics(path: str | os.PathLike, step: int) -> None:
     """Drop what a `metrics.jsonl` says of later steps, and a half-written last line: they will come again.
 
+    That the run has gone back stays.
+
     Does nothing where the file is not there.
     """
     path = Path(path)
+
+    def keep(record: Mapping[str, Any]) -> bool:
+        return record["step"] <= step or "rolled_back_from" in record
+
     if path.exists():
-        write_text(path, "".join(metrics_line(record) for record in read_metrics(path) if record["step"] <= step))
+        write_text(path, "".join(metrics_line(record) for record in read_metrics(path) if keep(record)))

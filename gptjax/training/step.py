@@ -73,7 +73,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "weight": sums["weight"],
-            "skipped": state.step + 1 - guard.counted,
+            "skipped": guard.skipped,
             "skipped_in_a_row": guard.in_a_row,
         }
         return TrainState(state.step + 1, params, optimizer_state, guard), metrics

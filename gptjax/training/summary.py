@@ -21,7 +21,8 @@ def summarize(directory: Path, stopped: str, progress: Progress, ledger: Ledger,
     Args:
         stopped: why the run ended: `finished`, `preempted`, `interrupted`, `diverged` or `corrupted`.
     """
-    records = read_metrics(directory / METRICS_FILE)
+    path = directory / METRICS_FILE
+    records = read_metrics(path) if path.exists() else []  # a run may end before its first line
 
     def last(name: str) -> Any:
         return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
@@ -56,8 +57,11 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
     """
     path = directory / SUMMARY_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if summary is not None and not {"stopped", "step"} <= set(summary):
+            raise ValueError("it says neither why the run ended nor where")
+        return summary
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not JSON: {error}; delete it, and it is written again") from error
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.config import OptimizerConfig
-from gptjax.training.guard import WINDOW, init_guard, judge
+from gptjax.training.guard import WINDOW, forget, init_guard, judge
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.rerun import run_twice
 from gptjax.training.state import TrainState
@@ -92,7 +92,13 @@ def test_leaps_never_become_usual(usual):
         assert int(guard.in_a_row) == number
     counts, guard = judge(guard, jnp.float32(3.0), jnp.float32(1.0), spike_sigmas=6.0)
     assert counts
-    assert (int(guard.in_a_row), int(guard.counted)) == (0, WINDOW + 1)
+    assert (int(guard.in_a_row), int(guard.seen), int(guard.skipped)) == (0, WINDOW + 1, 2 * WINDOW - 1)
+
+
+def test_what_was_usual_can_be_forgotten(usual):
+    counts, guard = judge(forget(usual[1]), jnp.float32(9.0), jnp.float32(1.0), spike_sigmas=6.0)
+    assert counts
+    assert int(guard.seen) == 1
 
 
 def test_what_is_usual_moves_with_the_training():
