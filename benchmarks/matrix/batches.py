@@ -9,10 +9,10 @@ from benchmarks.matrix.runs import (
     STEPS,
     Ended,
     Row,
+    begin,
     finish,
     losses,
     records,
-    start,
     summary,
     train,
     wait_for_step,
@@ -22,7 +22,7 @@ OPTIONS = ("--training.eval-every-steps", STEPS, "--checkpoint.every-steps", 50)
 
 
 def injected(*arguments: object) -> Ended:
-    return finish(start(ROOT / "benchmarks" / "injection.py", *arguments))
+    return finish(begin(*arguments, program=ROOT / "benchmarks" / "injection.py"))
 
 
 def bad_batches(base: Path, draw: random.Random) -> list[Row]:
@@ -102,7 +102,7 @@ def account(base: Path, draw: random.Random) -> list[Row]:
     run = Path("counted")
     options = ("--training.steps", 6000, "--training.eval-every-steps", 500, "--checkpoint.every-steps", 100)
     begun = time.time()
-    process = start(ROOT / "train.py", "faults.py", "--run-dir", run, *options)
+    process = begin("faults.py", "--run-dir", run, *options)
     wait_for_step(run, 2950, process)
     process.kill()
     process.wait()

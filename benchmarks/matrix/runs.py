@@ -10,9 +10,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
+NUM_PROCESSES = 1
+"""Of every run; `faults.py --processes` sets it."""
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 STEPS, EVERY = 400, 20
 """Of the undisturbed run and those that are to become like it, and between checkpoints."""
 CONFIG = """
@@ -50,45 +53,73 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def start(*command: Any, devices: int = 1, limit_bytes: int | None = None) -> subprocess.Popen:
-    """A process of this interpreter, with so many devices, that may write no larger files than this."""
+class Group:
+    """Processes that are one run. A signal goes to the last of them, what is told comes from the first."""
+
+    def __init__(self, processes: list[subprocess.Popen], outputs: list[IO[str]]):
+        self.processes, self.outputs = processes, outputs
+        self.pid = processes[0].pid
+
+    def poll(self) -> int | None:
+        """The status of the first that did not end well; None: one is still running."""
+        codes = [process.poll() for process in self.processes]
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        for process in self.processes:
+            process.wait(timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        self.processes[-1].send_signal(number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def start(*command: Any, devices: int = 1, limit_bytes: int | None = None, processes: int = 1) -> Group:
+    """This interpreter with such a command, so many devices for each process, and no larger files than this."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     limit = None if limit_bytes is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes,) * 2)
-    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- a pipe that nobody reads would stop the process
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=os.environ
-        | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        preexec_fn=limit,
-    )
-    process.output = output
-    return process
+    # Files, because a pipe that nobody reads would stop the process.
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(processes)]  # noqa: SIM115
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    group = f"--distributed.coordinator localhost:{port} --distributed.num-processes {processes}".split()
+    own = [[*group, "--distributed.process-id", number] if processes > 1 else [] for number in range(processes)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, [*command, *arguments])],
+            env=os.environ | ENVIRONMENT | {"XLA_FLAGS": flags},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=limit,
+        )
+        for arguments, output in zip(own, outputs, strict=True)
+    ]
+    return Group(started, outputs)
 
 
-def finish(process: subprocess.Popen, since: float | None = None) -> Ended:
+def begin(*arguments: Any, program: Path = ROOT / "train.py", **settings: Any) -> Group:
+    """A run, of as many processes as the matrix is for."""
+    return start(program, *arguments, **{"processes": NUM_PROCESSES} | settings)
+
+
+def finish(group: Group, since: float | None = None) -> Ended:
     begun = time.monotonic() if since is None else since
-    code = process.wait(timeout=600)
+    code = group.wait(timeout=600)
     seconds = time.monotonic() - begun
-    process.output.seek(0)
-    return Ended(code, process.output.read(), seconds)
+    group.outputs[0].seek(0)
+    return Ended(code, group.outputs[0].read(), seconds)
 
 
 def train(*arguments: Any, **settings: Any) -> Ended:
     begun = time.monotonic()
-    return finish(start(ROOT / "train.py", *arguments, **settings), begun)
+    return finish(begin(*arguments, **settings), begun)
 
 
-def pair(*arguments: Any) -> list[subprocess.Popen]:
-    """Two processes of two devices each, which train as one."""
-    with socket.create_server(("", 0)) as server:
-        port = server.getsockname()[1]
-    group = f"--distributed.coordinator localhost:{port} --distributed.num-processes 2 --distributed.process-id".split()
-    return [start(ROOT / "train.py", *arguments, *group, number, devices=2) for number in range(2)]
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: Path, step: int, process: Group) -> None:
     """Until the run's metrics tell of this step.
 
     Raises:

@@ -7,16 +7,14 @@ from pathlib import Path
 
 from benchmarks.matrix.runs import (
     EVERY,
-    ROOT,
     STEPS,
     Row,
+    begin,
     finish,
     fresh,
     losses,
-    pair,
     records,
     refused,
-    start,
     state_sha256,
     steps,
     summary,
@@ -25,14 +23,15 @@ from benchmarks.matrix.runs import (
     whole,
 )
 
+LONG = ("--training.steps", 2000, "--training.eval-every-steps", 10)
+"""JAX's preemption service looks once a second: a run must not end before that."""
+
 
 def killed(base: Path, draw: random.Random) -> list[Row]:
     """1 and 2: SIGKILL around saves, and what the continued run is in the end."""
     run, tries, valid, lost, reached = Path("killed"), 20, 0, 0, 0
     for _ in range(tries):
-        process = start(
-            ROOT / "train.py", *([run] if (run / "config.json").exists() else ["faults.py", "--run-dir", run])
-        )
+        process = begin(*([run] if (run / "config.json").exists() else ["faults.py", "--run-dir", run]))
         goal = min(reached + draw.randint(1, 40), STEPS - EVERY)
         wait_for_step(run, goal, process)
         time.sleep(draw.uniform(0, 0.05))
@@ -59,7 +58,7 @@ def told_to_stop(base: Path, draw: random.Random) -> list[Row]:
         survived, slowest = 0, 0.0
         for attempt in range(5):
             run = Path(f"stopped-{number}-{attempt}")
-            process = start(ROOT / "train.py", "faults.py", "--run-dir", run)
+            process = begin("faults.py", "--run-dir", run, *LONG)
             wait_for_step(run, EVERY - 2 + attempt, process)
             told = time.monotonic()
             for _ in range(times):
@@ -77,25 +76,23 @@ def told_to_stop(base: Path, draw: random.Random) -> list[Row]:
 def two_processes(base: Path, draw: random.Random) -> list[Row]:
     """4, 5 and 8: SIGTERM and SIGKILL of one of two, and on with one."""
     run = Path("two")
-    processes = pair("faults.py", "--run-dir", run, "--training.steps", 2000, "--training.eval-every-steps", 10)
-    wait_for_step(run, 12, processes[0])
+    group = begin("faults.py", "--run-dir", run, *LONG, devices=2, processes=2)
+    wait_for_step(run, 12, group)
     told = time.monotonic()
-    processes[1].send_signal(signal.SIGTERM)
-    ended = [finish(process, told) for process in processes]
+    group.send_signal(signal.SIGTERM)
+    seconds = finish(group, told).seconds
     at = summary(run)["step"]
-    stopped = [end.code for end in ended] == [75, 75] and steps(run)[-1] == at and whole(run)
-    seconds = max(end.seconds for end in ended)
-    rows = [
-        Row("4", "SIGTERM to one of two processes", 1, stopped, f"both saved step {at}, status 75, {seconds:.1f} s")
-    ]
+    stopped = [process.poll() for process in group.processes] == [75, 75] and steps(run)[-1] == at and whole(run)
+    figure = f"both saved step {at}, status 75, {seconds:.1f} s"
+    rows = [Row("4", "SIGTERM to one of two processes", 1, stopped, figure)]
 
     sames = []
-    for name, begin in (("alone", lambda *a: [start(ROOT / "train.py", *a, devices=4)]), ("paired", pair)):
-        copy = fresh(run, f"two-{name}")
-        processes = begin(copy, "--training.steps", at + 30, "--training.eval-every-steps", 0)
-        codes = [finish(process).code for process in processes]
+    for processes in (1, 2):
+        copy = fresh(run, f"two-{processes}")
+        options = ("--training.steps", at + 30, "--training.eval-every-steps", 0)
+        ended = train(copy, *options, devices=4 // processes, processes=processes)
+        assert ended.code == 0, ended.output
         sames.append([record["loss"] for record in records(copy) if "loss" in record and record["step"] > at])
-        assert codes == [0] * len(codes), codes
     difference = max(abs(one - two) for one, two in zip(*sames, strict=True))
     rows.append(
         Row(
@@ -108,11 +105,12 @@ def two_processes(base: Path, draw: random.Random) -> list[Row]:
     )
 
     run = Path("two-killed")
-    processes = pair("faults.py", "--run-dir", run, "--training.steps", 100_000, "--training.eval-every-steps", 0)
-    wait_for_step(run, 12, processes[0])
+    group = begin("faults.py", "--run-dir", run, "--training.steps", 100_000, devices=2, processes=2)
+    wait_for_step(run, 12, group)
     told = time.monotonic()
-    processes[1].kill()
-    ended, _ = [finish(process, told) for process in processes]
+    group.send_signal(signal.SIGKILL)
+    group.processes.pop()
+    ended = finish(group, told)
     good = ended.code not in (0, 75) and ended.seconds < 120 and whole(run)
     rows.append(
         Row(
@@ -134,7 +132,7 @@ def other_devices(base: Path, draw: random.Random) -> list[Row]:
     run = fresh(base, "elsewhere")
     for newer in steps(run)[1:]:
         (run / "checkpoints" / str(newer)).rename(run / f"later-{newer}")
-    ended = train(run, "--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2, devices=8)
+    ended = train(run, "--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2, devices=8, processes=1)
     assert ended.code == 0, ended.output
     mine, theirs = ({r["step"]: r["loss"] for r in records(where) if "loss" in r} for where in (run, base))
     difference = max(abs(mine[step] - theirs[step]) for step in theirs)
@@ -146,7 +144,7 @@ def other_devices(base: Path, draw: random.Random) -> list[Row]:
 def started_twice(base: Path, draw: random.Random) -> list[Row]:
     """22: two runs in one directory."""
     run = Path("busy")
-    first = start(ROOT / "train.py", "faults.py", "--run-dir", run, "--training.steps", 100_000)
+    first = begin("faults.py", "--run-dir", run, "--training.steps", 100_000)
     wait_for_step(run, 3, first)
     second = train("faults.py", "--run-dir", run, "--training.steps", 100_000)
     alone = first.poll() is None
