@@ -91,7 +91,8 @@ def join_tokens(x_BTD: jax.Array) -> jax.Array:
         return x_BTD.reshape(shape)
     before = jax.typeof(x_BTD).sharding.spec
     tokens = tuple(jax.tree.leaves(tuple(spec("batch", "sequence"))))
-    after = P(tokens, before[-1], reduced=before.reduced, unreduced=before.unreduced)
+    last = getattr(before, "partitions", before)[-1]  # jax 0.10 has no `partitions`, 0.12 refuses the index
+    after = P(tokens, last, reduced=before.reduced, unreduced=before.unreduced)
     return jnp.reshape(x_BTD, shape, out_sharding=after)
 
 
