@@ -35,7 +35,8 @@ def scaled_rows(first: int, last: int, factor: float) -> Iterator[None]:
     take = RowStream.take
 
     def marked(self: RowStream, num_rows: int) -> np.ndarray:
-        numbers = np.arange(self.position, self.position + num_rows)
+        share = self._share  # of several processes each takes its own rows of every batch
+        numbers = (self.position + np.arange(0, num_rows, share.batch_size)[:, None] + share.rows).ravel()
         rows = take(self, num_rows)
         rows[(numbers >= first) & (numbers < last)] = MARK
         return rows
