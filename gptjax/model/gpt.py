@@ -6,6 +6,7 @@ over or unrolled: a checkpoint has one form, and how layers are run is decided a
 Shape suffixes: B batch, T tokens, D model, V padded vocabulary, L layers.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,7 @@ class GPT(nn.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        in_order: bool = False,
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
         select_B: jax.Array | None = None,
@@ -121,12 +123,14 @@ class GPT(nn.Module):
             tokens_BT: token ids, int32.
             positions: (B, T) position of each token; counted from 0 by default.
             segment_ids: (B, T) document of each token; tokens see only their own. Not with a cache.
+            in_order: promises of the positions given what `attention` asks of them, for the kernels that know none;
+                those counted here are so.
             cache: keys and values of earlier tokens, which are seen, too; this call's are written after them.
             dropout_key: draws the dropout; without one there is none.
             select_B: one index into T per row: logits of just that token, as a prefill needs.
 
         Raises:
-            UserError: more tokens than learned positions.
+            UserError: more tokens than learned positions; or `model.attention_kernel` cannot run this.
 
         Returns:
             Logits in the compute type, (B, T, V) or (B, 1, V), those of padding columns -inf; and the
@@ -140,6 +144,7 @@ class GPT(nn.Module):
             )
         dtype = compute_dtype(c)
         if positions is None:
+            in_order = True
             positions = jax.lax.broadcasted_iota(
                 jnp.int32, tokens_BT.shape, 1, out_sharding=sharding.spec("batch", "sequence")
             )
@@ -158,7 +163,7 @@ class GPT(nn.Module):
         else:
             blocks = self.param("blocks", self._init_blocks, x_BTD, Placement(positions, positions))
         if cache is None:
-            place = Placement(positions, positions, segment_ids)
+            place = Placement(positions, positions, segment_ids, in_order=in_order)
             x_BTD = apply_blocks(c, blocks, x_BTD, place, keys[1])
         else:
             x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache)
@@ -196,7 +201,8 @@ class GPT(nn.Module):
         return x_BTD
 
     def _init_blocks(self, key: jax.Array, x_BTD: jax.Array, place: Placement) -> Params:
-        block = Block(self.config, window=None, parent=None)
+        # Parameters do not depend on the kernel, and the tokens that they are made with need not be its.
+        block = Block(dataclasses.replace(self.config, attention_kernel="auto"), window=None, parent=None)
 
         def init(key: jax.Array) -> Params:
             return block.init(key, x_BTD, place)["params"]

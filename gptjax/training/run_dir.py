@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "mesh.*",
     "model.scan_layers",
     "model.remat",
+    "model.attention_kernel",
     "training.steps",
     "training.log_every_steps",
     "training.eval_every_steps",
