@@ -33,7 +33,7 @@ SAMPLES_FILE = "samples.md"
 SUMMARY_FILE = "summary.json"
 PLOT_FILE = "loss.png"
 CHECKPOINTS = "checkpoints"
-PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers", "tokamax")
 
 MAY_CHANGE = (
     "run_dir",
