@@ -22,8 +22,9 @@ from gptjax.model.blockwise import blockwise_attention
 from gptjax.model.layers import precision, softcap
 from gptjax.parallel.precision import compute_dtype
 
-BLOCKWISE_FROM = 2**24
-"""Logits of a head on one device, 4096 × 4096, from which they are no longer held all at once."""
+BLOCKWISE_FROM = {"cpu": 2**18, "gpu": 2**24, "tpu": 2**24}
+"""Logits of a head on one device from which they are not held all at once, where no kernel of the device's own runs.
+On a CPU that is faster from 512 × 512 on (benchmarks/attention_speed.py); elsewhere, not measured, it saves memory."""
 
 Segments = tuple[jax.Array, jax.Array] | None
 """(B, T) and (B, S), document of each query and of each key; None: one document a row."""
@@ -74,16 +75,16 @@ def choose(call: Call, machine: Machine, kernel: str = "auto") -> str:
         UserError: the one asked for cannot.
     """
     if kernel == "auto":
-        return next(name for name in _fastest_first(call) if WHY_NOT[name](call, machine) is None)
+        return next(name for name in _fastest_first(call, machine) if WHY_NOT[name](call, machine) is None)
     reason = WHY_NOT[kernel](call, machine)
     if reason is not None:
-        working = [name for name in _fastest_first(call) if WHY_NOT[name](call, machine) is None]
+        working = [name for name in _fastest_first(call, machine) if WHY_NOT[name](call, machine) is None]
         raise UserError(f"model.attention_kernel {kernel} {reason}; {', '.join(['auto', *working])} can run here")
     return kernel
 
 
-def _fastest_first(call: Call) -> Sequence[str]:
-    long = call.num_queries * call.num_keys >= BLOCKWISE_FROM
+def _fastest_first(call: Call, machine: Machine) -> Sequence[str]:
+    long = call.num_queries * call.num_keys >= BLOCKWISE_FROM[machine.platform]
     return "cudnn", "tokamax", *(("blockwise", "xla") if long else ("xla", "blockwise"))
 
 
@@ -122,7 +123,7 @@ def describe(config: ModelConfig, calls: dict[int | None, Call], machine: Machin
     reasons: dict[str, None] = {}
     if machine.platform != "cpu" and config.attention_kernel == "auto":
         for window, call in calls.items():
-            order = _fastest_first(call)
+            order = _fastest_first(call, machine)
             faster = order[: order.index(chosen[window])]
             reasons |= dict.fromkeys(f"{name} {WHY_NOT[name](call, machine)}" for name in faster)
     if len(set(chosen.values())) == 1:
