@@ -137,6 +137,8 @@ class GPT(nn.Module):
             cache with this call's tokens in it.
         """
         c = self.config
+        if self.is_initializing():  # parameters do not depend on the kernel, and are made with tokens of any number
+            c = dataclasses.replace(c, attention_kernel="auto")
         if c.positions == "learned" and tokens_BT.shape[1] > c.context_length:
             raise UserError(
                 f"{tokens_BT.shape[1]} tokens are more than the {c.context_length} learned positions of "
@@ -161,7 +163,7 @@ class GPT(nn.Module):
         if self.has_variable("params", "blocks"):  # may come unstacked, which `self.param` would refuse
             blocks = self.get_variable("params", "blocks")
         else:
-            blocks = self.param("blocks", self._init_blocks, x_BTD, Placement(positions, positions))
+            blocks = self.param("blocks", self._init_blocks, c, x_BTD, Placement(positions, positions))
         if cache is None:
             place = Placement(positions, positions, segment_ids, in_order=in_order)
             x_BTD = apply_blocks(c, blocks, x_BTD, place, keys[1])
@@ -200,14 +202,13 @@ class GPT(nn.Module):
             x_BTD = x_BTD + sinusoid(positions, c.model_dim)
         return x_BTD
 
-    def _init_blocks(self, key: jax.Array, x_BTD: jax.Array, place: Placement) -> Params:
-        # Parameters do not depend on the kernel, and the tokens that they are made with need not be its.
-        block = Block(dataclasses.replace(self.config, attention_kernel="auto"), window=None, parent=None)
+    def _init_blocks(self, key: jax.Array, config: ModelConfig, x_BTD: jax.Array, place: Placement) -> Params:
+        block = Block(config, window=None, parent=None)
 
         def init(key: jax.Array) -> Params:
             return block.init(key, x_BTD, place)["params"]
 
-        return jax.lax.map(init, jax.random.split(key, self.config.num_layers))
+        return jax.lax.map(init, jax.random.split(key, config.num_layers))
 
 
 def apply_blocks(
