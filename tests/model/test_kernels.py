@@ -16,6 +16,7 @@ from gptjax.model.cache import empty_cache
 from gptjax.model.gpt import GPT
 from gptjax.model.kernels import Call, Machine
 from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 from gptjax.stages import messages
 from gptjax.training.losses import language_model_loss
 from gptjax.training.state import abstract_params
@@ -182,17 +183,46 @@ def test_a_forced_kernel_is_for_training(tiny, separator):
     tokens = RANDOM.integers(0, 61, (2, 9)).astype(np.int32)
     cudnn = GPT(dataclasses.replace(tiny, attention_kernel="cudnn"))
     params = jax.jit(cudnn.init)(jax.random.key(0), tokens)["params"]
-    logits, _ = cudnn.apply({"params": params}, tokens, cache=empty_cache(tiny, 2, 16))
-    expected, _ = GPT(tiny).apply({"params": params}, tokens)
+    logits, _ = jax.jit(lambda cache: cudnn.apply({"params": params}, tokens, cache=cache))(empty_cache(tiny, 2, 16))
+    expected, _ = jax.jit(lambda tokens: GPT(tiny).apply({"params": params}, tokens))(tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
     def loss(kernel):
         model = GPT(dataclasses.replace(tiny, attention_kernel=kernel))
-        return language_model_loss(model, separator=separator)(params, {"tokens": tokens}, None)[0]
+        return jax.jit(language_model_loss(model, separator=separator))(params, {"tokens": tokens}, None)[0]
 
     with pytest.raises(UserError, match="cudnn needs an NVIDIA GPU"):
         loss("cudnn")
     np.testing.assert_allclose(loss("blockwise"), loss("xla"), rtol=1e-5)
+
+
+def test_who_knows_that_tokens_are_in_order(tiny, on, monkeypatch):
+    """Counted positions and those of documents that the loss tells apart are in order, so that a kernel without
+    positions may run; those that a batch brings along are not known to be, and the sequences of a mesh that splits
+    them are not."""
+    on(HOPPER)
+    calls = []
+
+    def kernel(*arrays, **settings):
+        calls.append(arrays[5])  # segments
+        return kernels.xla_attention(*arrays, **settings)
+
+    monkeypatch.setitem(kernels.RUN, "tokamax", kernel)
+    monkeypatch.setitem(kernels.RUN, "cudnn", kernel)
+    model = GPT(dataclasses.replace(tiny, compute_dtype="bfloat16", context_length=128))
+    params, tokens = abstract_params(model), np.zeros((2, 129), np.int32)
+
+    def ask(batch, separator=None):
+        calls.clear()
+        jax.eval_shape(lambda params: language_model_loss(model, separator=separator)(params, batch, None), params)
+        return [segments is not None for segments in calls]
+
+    assert ask({"tokens": tokens}) == [False] * 2
+    assert ask({"tokens": tokens}, separator=3) == [True] * 2
+    assert ask({"tokens": tokens, "segment_ids": tokens}) == [True] * 2
+    assert ask({"tokens": tokens, "positions": tokens}) == []
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=2), jax.devices()[:2])):
+        assert ask({"tokens": sharding.put_batch(tokens)}) == ask({"tokens": sharding.put_batch(tokens)}, 3) == []
 
 
 def test_cudnn_is_called_causally_and_without_a_mask(tiny, mesh, on, monkeypatch):
