@@ -84,6 +84,8 @@ class ModelConfig:
     """Compile one block and loop over layers (quick to compile) instead of unrolling them (quick to run)."""
     remat: Literal["none", "full", "save_dots"] = "none"
     """What the backward pass recomputes: nothing, whole blocks, or all but matrix products."""
+    attention_kernel: Literal["auto", "xla", "blockwise", "cudnn", "tokamax"] = "auto"
+    """What computes attention in training. auto: the fastest that can on this device, as said at the start."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of activations; parameters are always float32. None: float32 on CPU, else bfloat16."""
 

@@ -5,7 +5,8 @@ import random
 import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+# GPTJAX_TEST_PLATFORM=cuda pytest tests/model/test_kernels.py: the kernels that only an accelerator has.
+os.environ["JAX_PLATFORMS"] = os.environ.get("GPTJAX_TEST_PLATFORM", "cpu")
 XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8",
     # Compiling is most of the tests' time: LLVM's costly passes make programs faster, and no more correct.

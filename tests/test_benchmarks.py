@@ -67,3 +67,15 @@ def test_wrong_overrides_are_one_line(options, expected):
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1, result.stderr
     assert expected in result.stderr
+
+
+def test_attention_speed_times_what_runs_and_says_what_does_not():
+    result = run("attention_speed.py", *("--lengths", "65", "--repeats", "1", "--documents", "3", "--json", "-"))
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [row["kernel"] for row in rows] == ["xla", "blockwise"]
+    for row in rows:
+        assert row["ms"] > 0
+        assert row["temp_mb"] > 0
+        assert row["error"] < 1e-5
+    assert "cudnn needs an NVIDIA GPU" in result.stderr

@@ -13,12 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
-from gptjax.model.blockwise import blockwise_attention
-from gptjax.model.layers import Linear, Norm, precision, rotate, softcap
+from gptjax.model import kernels
+from gptjax.model.layers import Linear, Norm, rotate
 from gptjax.parallel import sharding
-
-BLOCKWISE_FROM = 2**24
-"""Logits of a head on one device, 4096 × 4096, from which they are no longer held all at once."""
 
 
 class Placement(NamedTuple):
@@ -32,6 +29,8 @@ class Placement(NamedTuple):
     """(B, T) document of each token; None: one document a row."""
     slot: jax.Array | None = None
     """First slot of the cache that the tokens are written to; None: there is no cache."""
+    in_order: bool = False
+    """Whether the kernels that know no positions may run, as in `attention`; known while tracing."""
 
 
 class LayerCache(NamedTuple):
@@ -53,6 +52,8 @@ def attention(
     softcap: float = 0.0,
     scale: float | None = None,
     keep_BNTS: jax.Array | None = None,
+    in_order: bool = False,
+    kernel: str = "auto",
 ) -> jax.Array:
     """Causal softmax(q kᵀ · scale) v (Vaswani et al. 2017), with grouped key/value heads where K < N.
 
@@ -67,23 +68,36 @@ def attention(
         softcap: bound of the attention logits; 0: none.
         scale: factor of the logits; None: 1/sqrt(H).
         keep_BNTS: dropout mask that already carries its 1/(1 - rate).
+        in_order: promises that queries and keys are the same tokens, and that of any two tokens of a document
+            positions and places in the row are equally far apart: what a kernel needs that knows no positions.
+        kernel: one of `kernels.RUN`; auto: the fastest that can run this call.
+
+    Raises:
+        UserError: `kernel` cannot.
 
     Returns:
         (B, T, N, H), of q's type and sharding.
     """
     scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
-    settings = {"window": window, "cap": softcap, "scale": scale}
-    T, S = q_BTNH.shape[1] // sharding.num_shards("sequence"), k_BSKH.shape[1]
-
-    def kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS):
-        if T * S < BLOCKWISE_FROM or keep_BNTS is not None:
-            return _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS, **settings)
-        segments = segments or (None, None)
-        return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, *segments, **settings)
+    split = sharding.num_shards("sequence") > 1
+    call = kernels.Call(
+        num_queries=q_BTNH.shape[1] // sharding.num_shards("sequence"),
+        num_keys=k_BSKH.shape[1],
+        head_dim=q_BTNH.shape[-1],
+        value_dim=v_BSKH.shape[-1],
+        dtype=str(q_BTNH.dtype),
+        window=window,
+        softcap=softcap,
+        in_order=in_order and not split,  # the pieces of a split sequence change places
+        documents=segment_ids is not None,
+        dropout=keep_BNTS is not None,
+    )
+    run = kernels.RUN[kernels.choose(call, kernels.this_machine(), kernel)]
+    run = functools.partial(run, window=window, cap=softcap, scale=scale)
 
     if not sharding.has_mesh():
         segments = None if segment_ids is None else (segment_ids, segment_ids)
-        return kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS)
+        return run(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS)
     rows = sharding.spec("batch", "sequence")
     heads = sharding.spec("batch", "sequence", "heads", "head_dim")
     kv_heads = sharding.spec("batch", "sequence", "kv_heads", "head_dim")
@@ -92,7 +106,6 @@ def attention(
         P() if segment_ids is None else rows,
         P() if keep_BNTS is None else sharding.spec("batch", "heads", "sequence", "keys"),
     )
-    split = sharding.num_shards("sequence") > 1
 
     def local(q_BTNH, k_BTKH, v_BTKH, q_positions, kv_positions, segment_ids, keep_BNTS):
         """Every device has some queries, and gets the keys and values of all (Llama 3, Dubey et al. 2024)."""
@@ -101,36 +114,11 @@ def attention(
             return jax.lax.all_gather(x_BT, sharding.TABLE["sequence"], axis=1, tiled=True) if split else x_BT
 
         segments = None if segment_ids is None else (segment_ids, whole(segment_ids))
-        return kernel(q_BTNH, whole(k_BTKH), whole(v_BTKH), q_positions, whole(kv_positions), segments, keep_BNTS)
+        return run(q_BTNH, whole(k_BTKH), whole(v_BTKH), q_positions, whole(kv_positions), segments, keep_BNTS)
 
     # check_vma=False: jax 0.10.1 cannot check kernels whose output types carry no varying axes.
     mapped = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)
     return mapped(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS)
-
-
-def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS, *, window, cap, scale):
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
-    # The queries of a group are laid side by side: a gradient that contracts (G, T) at once is slow on CPU.
-    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    einsum = functools.partial(jnp.einsum, precision=precision(q_BTNH))
-    logits = einsum("bkxh,bksh->bkxs", q_BKXH * scale, k_BKSH, preferred_element_type=jnp.float32)
-    logits = softcap(logits, cap).reshape(B, K, G, T, S)
-    ahead_BTS = q_positions[:, :, None] - kv_positions[:, None, :]
-    seen_BTS = ahead_BTS >= 0
-    if window is not None:
-        seen_BTS &= ahead_BTS < window
-    if segments is not None:
-        q_segments_BT, kv_segments_BS = segments
-        seen_BTS &= q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
-    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], logits, -jnp.inf), axis=-1)
-    if keep_BNTS is not None:
-        weights = weights * keep_BNTS.reshape(B, K, G, T, S)
-    weights_BKXS = weights.reshape(B, K, G * T, S).astype(q_BTNH.dtype)
-    out_BKXH = einsum("bkxs,bksh->bkxh", weights_BKXS, v_BKSH)
-    return out_BKXH.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 class Attention(nn.Module):
@@ -165,6 +153,9 @@ class Attention(nn.Module):
             window=self.window,
             softcap=c.attention_softcap,
             keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),
+            in_order=place.in_order,
+            # With a cache no kernel but those that know positions runs, whatever trains the model.
+            kernel="auto" if cache is not None else c.attention_kernel,
         )
         out_sharding = sharding.spec("batch", "sequence", "heads")
         out_BTF = jnp.reshape(out_BTNH, (B, T, c.num_heads * c.resolved_head_dim), out_sharding=out_sharding)

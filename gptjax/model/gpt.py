@@ -6,6 +6,7 @@ over or unrolled: a checkpoint has one form, and how layers are run is decided a
 Shape suffixes: B batch, T tokens, D model, V padded vocabulary, L layers.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,7 @@ class GPT(nn.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        in_order: bool = False,
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
         select_B: jax.Array | None = None,
@@ -121,18 +123,22 @@ class GPT(nn.Module):
             tokens_BT: token ids, int32.
             positions: (B, T) position of each token; counted from 0 by default.
             segment_ids: (B, T) document of each token; tokens see only their own. Not with a cache.
+            in_order: promises of the positions given what `attention` asks of them, for the kernels that know none;
+                those counted here are so.
             cache: keys and values of earlier tokens, which are seen, too; this call's are written after them.
             dropout_key: draws the dropout; without one there is none.
             select_B: one index into T per row: logits of just that token, as a prefill needs.
 
         Raises:
-            UserError: more tokens than learned positions.
+            UserError: more tokens than learned positions; or `model.attention_kernel` cannot run this.
 
         Returns:
             Logits in the compute type, (B, T, V) or (B, 1, V), those of padding columns -inf; and the
             cache with this call's tokens in it.
         """
         c = self.config
+        if self.is_initializing():  # parameters do not depend on the kernel, and are made with tokens of any number
+            c = dataclasses.replace(c, attention_kernel="auto")
         if c.positions == "learned" and tokens_BT.shape[1] > c.context_length:
             raise UserError(
                 f"{tokens_BT.shape[1]} tokens are more than the {c.context_length} learned positions of "
@@ -140,6 +146,7 @@ class GPT(nn.Module):
             )
         dtype = compute_dtype(c)
         if positions is None:
+            in_order = True
             positions = jax.lax.broadcasted_iota(
                 jnp.int32, tokens_BT.shape, 1, out_sharding=sharding.spec("batch", "sequence")
             )
@@ -156,9 +163,9 @@ class GPT(nn.Module):
         if self.has_variable("params", "blocks"):  # may come unstacked, which `self.param` would refuse
             blocks = self.get_variable("params", "blocks")
         else:
-            blocks = self.param("blocks", self._init_blocks, x_BTD, Placement(positions, positions))
+            blocks = self.param("blocks", self._init_blocks, c, x_BTD, Placement(positions, positions))
         if cache is None:
-            place = Placement(positions, positions, segment_ids)
+            place = Placement(positions, positions, segment_ids, in_order=in_order)
             x_BTD = apply_blocks(c, blocks, x_BTD, place, keys[1])
         else:
             x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache)
@@ -195,13 +202,13 @@ class GPT(nn.Module):
             x_BTD = x_BTD + sinusoid(positions, c.model_dim)
         return x_BTD
 
-    def _init_blocks(self, key: jax.Array, x_BTD: jax.Array, place: Placement) -> Params:
-        block = Block(self.config, window=None, parent=None)
+    def _init_blocks(self, key: jax.Array, config: ModelConfig, x_BTD: jax.Array, place: Placement) -> Params:
+        block = Block(config, window=None, parent=None)
 
         def init(key: jax.Array) -> Params:
             return block.init(key, x_BTD, place)["params"]
 
-        return jax.lax.map(init, jax.random.split(key, self.config.num_layers))
+        return jax.lax.map(init, jax.random.split(key, config.num_layers))
 
 
 def apply_blocks(

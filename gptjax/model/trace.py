@@ -47,7 +47,7 @@ class Trace(GPT):
             "embedding", normal(c.initializer_std, "vocab", "embed"), (c.padded_vocab_size, c.model_dim)
         )
         x_BTD = self._embed(embedding_VD, tokens_BT, positions).astype(compute_dtype(c))
-        place, norm = Placement(positions, positions), make_norm(c, None)
+        place, norm = Placement(positions, positions, in_order=True), make_norm(c, None)
         weights = []
         for window, params in zip(c.layer_windows, unstack(self.get_variable("params", "blocks")), strict=True):
             y_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD) if c.norm_position == "pre" else x_BTD

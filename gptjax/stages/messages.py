@@ -11,6 +11,7 @@ import jax
 from gptjax.config import Config, MeshConfig
 from gptjax.data.loader import TokenRows
 from gptjax.errors import UserError
+from gptjax.model import kernels
 from gptjax.model.accounting import parameter_counts
 from gptjax.training import run_dir
 from gptjax.training.metrics import METRICS_FILE, plot_loss
@@ -33,12 +34,23 @@ def description(config: Config, sources: dict[str, TokenRows], held_out: TokenRo
             f"model: {counts['total']:,} parameters ({counts['embedding']:,} of them embedding), "
             f"{model.num_layers} layers, context {model.context_length}, {model.compute_dtype}",
             f"devices: {jax.device_count()} × {device.device_kind}, mesh {axes(config.mesh)}",
+            f"attention: {attention_kernels(config)}",
             f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
             f"{sequences * model.context_length:,} tokens, in {config.run_dir}",
             *_epochs(sources, config.data.weights or (1.0,), sequences, model.context_length),
             f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, evenly spaced",
         )
     )
+
+
+def attention_kernels(config: Config) -> str:
+    """Which kernels training takes on this machine, and why.
+
+    Raises:
+        UserError: the one that `model.attention_kernel` forces cannot run.
+    """
+    calls = kernels.training_calls(config.model, documents=config.data.separate_documents, context=config.mesh.context)
+    return kernels.describe(config.model, calls, kernels.this_machine())
 
 
 def axes(mesh: MeshConfig) -> str:

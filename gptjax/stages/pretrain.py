@@ -207,6 +207,7 @@ def _with_mesh(config: Config, console: Console) -> Config:
     mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory)
     if len(devices) > 1:
         console.message(f"mesh {messages.axes(mesh)}: {reason}")
+    messages.attention_kernels(dataclasses.replace(config, mesh=mesh))  # refuses one that is forced and cannot run
     if config.guard.rerun_every_steps and devices[0].platform == "gpu" and not config.training.deterministic:
         raise UserError(
             "guard.rerun_every_steps compares bit for bit, which on a GPU needs training.deterministic; "

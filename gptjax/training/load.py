@@ -62,9 +62,10 @@ def load_run(
     directory = Path(directory)
     config, _ = load_run_config(directory)
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
-    # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round.
-    dtype = default_compute_dtype(jax.devices()[0].platform)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round; a kernel that it
+    # was told to train with need not exist here.
+    how = {"compute_dtype": default_compute_dtype(jax.devices()[0].platform), "attention_kernel": "auto"}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **how))
     model = GPT(config.model)
     checkpoints = directory / CHECKPOINTS
     number = _step_number(checkpoints, step, verify, log)

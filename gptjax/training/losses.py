@@ -7,6 +7,7 @@ Shape suffixes: B batch, T tokens, V padded vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +77,14 @@ def lay_out(x_BT: jax.Array) -> jax.Array:
     return sharding.reshard(sharding.balance(x_BT), "batch", "sequence")
 
 
-def inputs_and_labels(batch: Batch, separator: int | None) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+def inputs_and_labels(batch: Batch, separator: int | None) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """A model's tokens, the tokens after them, both (B, T), and where the first stand as the model takes it."""
     inputs_BT, labels_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     places = {name: batch[name][:, :-1] for name in ("segment_ids", "positions") if name in batch}
     if separator is not None:
-        places = separate_documents(inputs_BT, separator)
-    elif "positions" not in places and sharding.num_shards("sequence") > 1:  # the order is another, the places are not
+        places = jax.tree.map(lay_out, separate_documents(inputs_BT, separator))
+        return lay_out(inputs_BT), lay_out(labels_BT), places | {"in_order": True}
+    if "positions" not in places and sharding.num_shards("sequence") > 1:  # the order is another, the places are not
         whole = jax.typeof(inputs_BT).sharding
         places["positions"] = jax.lax.broadcasted_iota(jnp.int32, inputs_BT.shape, 1, out_sharding=whole)
     return lay_out(inputs_BT), lay_out(labels_BT), jax.tree.map(lay_out, places)

@@ -33,7 +33,7 @@ SAMPLES_FILE = "samples.md"
 SUMMARY_FILE = "summary.json"
 PLOT_FILE = "loss.png"
 CHECKPOINTS = "checkpoints"
-PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers")
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers", "tokamax")
 
 MAY_CHANGE = (
     "run_dir",
@@ -41,6 +41,7 @@ MAY_CHANGE = (
     "mesh.*",
     "model.scan_layers",
     "model.remat",
+    "model.attention_kernel",
     "training.steps",
     "training.log_every_steps",
     "training.eval_every_steps",

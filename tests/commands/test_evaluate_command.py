@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -25,6 +26,17 @@ def test_the_runs_own_validation_split(run, capsys):
     assert sum(d["nats"] for d in result["documents"]) == pytest.approx(result["nats_per_token"] * result["tokens"])
     assert sum(result["tokens_by_position"]) == result["tokens"]
     assert result["step"] == 4
+
+
+def test_a_run_is_read_without_the_kernel_that_trained_it(run, tmp_path, capsys):
+    """A run that was told to train with a kernel of another device is read by what runs here."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    assert config.count('"attention_kernel": "auto"') == 1
+    config = config.replace('"attention_kernel": "auto"', '"attention_kernel": "cudnn"')
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    (result,), (expected,) = (results(path, capsys=capsys) for path in (folder, run))
+    assert result["nats_per_token"] == expected["nats_per_token"]
 
 
 def test_given_text_several_runs_any_step(run, tmp_path, capsys):

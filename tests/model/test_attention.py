@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import MeshConfig
+from gptjax.model import kernels
 from gptjax.model.attention import attention
 from gptjax.model.cache import EMPTY
 from gptjax.parallel import sharding
@@ -153,7 +154,7 @@ def test_long_sequences_take_the_blockwise_kernel(axes, monkeypatch):
     sequence, too: there queries see the keys of all."""
     q, k, v, d_out, settings = inputs("segments")
     expected = reference(q, k, v, d_out, **settings)
-    monkeypatch.setattr("gptjax.model.attention.BLOCKWISE_FROM", 1)
+    monkeypatch.setitem(kernels.BLOCKWISE_FROM, "cpu", 1)
 
     def run(q, k, v, d_out):
         out, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, **settings), q, k, v)

@@ -191,6 +191,7 @@ def test_what_may_change_is_taken_from_the_request_and_reported():
         "mesh.tensor": 2,
         "model.scan_layers": not Config().model.scan_layers,
         "model.remat": "full" if Config().model.remat != "full" else "none",
+        "model.attention_kernel": "xla",
         "training.steps": 7,
         "training.log_every_steps": 7,
         "training.eval_every_steps": 7,
