@@ -135,7 +135,8 @@ def _gptjax(name: str, root: Path, dtype: str, options: Any, words: Sequence[str
     if options.vocab_size:
         command += ["--vocab-size", str(options.vocab_size)]
     flags = f"{os.environ.get('XLA_FLAGS', '')} {environment.get('XLA_FLAGS', '')}".strip()
-    environment |= {"PYTHONPATH": str(root.resolve())} | ({"XLA_FLAGS": flags} if flags else {})
+    path = os.pathsep.join(filter(None, [str(root.resolve()), os.environ.get("PYTHONPATH")]))
+    environment |= {"PYTHONPATH": path} | ({"XLA_FLAGS": flags} if flags else {})
     return Arm(name, dtype, command, environment)
 
 

@@ -35,7 +35,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("config", type=Path, help="a configuration file; --section.field value overrides it")
     made.add_argument("--vocab-size", type=int, help="default: the configuration's")
     made.add_argument("--json", help="file for the results, or - for standard output")
-    made.add_argument("--profile", help="folder for a jax.profiler trace of one measurement")
+    made.add_argument("--profile", type=Path, help="folder for a jax.profiler trace of one measurement")
     return made
 
 

@@ -39,6 +39,7 @@ from gptjax.parallel import platform, sharding
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optimizer import make_optimizer
+from gptjax.training.profile import kernels, perfetto_file, report, shares, trace
 from gptjax.training.state import init_state
 from gptjax.training.step import make_train_step
 
@@ -59,6 +60,8 @@ class Warm(NamedTuple):
     """Runs a block of dispatches, and gives the seconds of one of their steps."""
     facts: Callable[[], dict[str, Any]]
     """What is known beside the speed."""
+    hlo: Callable[[], str]
+    """The compiled program's text."""
 
 
 def warm_up(config: Config, steps: int) -> Warm:
@@ -121,19 +124,25 @@ def warm_up(config: Config, steps: int) -> Warm:
             "loss": losses[-1] if losses else None,
         }
 
-    return Warm(block, facts)
+    return Warm(block, facts, program.as_text)
 
 
 def train_speed(config: Config, options: Any) -> dict[str, Any]:
     """Measure one configuration under the current mesh, alone."""
     warm = warm_up(config, options.steps)
     seconds = [warm.block() for _ in range(options.blocks)]
+    profile = {}
     if options.profile:
-        with jax.profiler.trace(options.profile):
+        with trace(options.profile):
             warm.block()
+        found = kernels(options.profile, warm.hlo())
+        profile = {"kernel_shares": shares(found), "largest_kernels": [kernel._asdict() for kernel in found[:10]]}
+        if options.json != "-":
+            print(report(found, options.steps * config.training.steps_per_dispatch))
+            print(f"trace: {perfetto_file(options.profile)} (open it at https://ui.perfetto.dev)")
     device, size = jax.devices()[0], config.training.batch_size
     figures = measure.speed(config.model, size, seconds, device.device_kind, jax.device_count())
-    return {"batch_size": size, **figures, **warm.facts()}
+    return {"batch_size": size, **figures, **warm.facts(), **profile}
 
 
 def sized(config: Config, batch_size: int) -> Config:
