@@ -119,6 +119,9 @@ def run(job: Job, file: Path, seconds: float) -> tuple[list[dict[str, Any]], int
     file.unlink(missing_ok=True)
     if status:
         rows.append({"error": f"killed after {seconds:.0f} s" if status == 124 else f"exit status {status}"})
+    for row in rows:
+        if row.get("loss") != row.get("loss"):  # NaN
+            row["error"], status = "the loss is no number", status or 1
     taken = round(time.monotonic() - start, 1)
     return [{"label": job.label, **row, "job_seconds": taken} for row in rows], status
 
@@ -140,15 +143,24 @@ COLUMNS = {
 
 
 def table(out: Path) -> str:
-    """All rows of all parts that lie in the folder."""
+    """All rows of all parts that lie in the folder; of what was only checked, those that are wrong."""
     rows = []
     for part in SECONDS:
         file = out / f"gpu-{part}.json"
         rows += json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    checks = [row for row in rows if "limit" in row]
+    rows = [row for row in rows if "limit" not in row or "error" in row]
     cells = [[*COLUMNS]]
     cells += [[format(row[n], f) if row.get(n) is not None else "" for n, f in COLUMNS.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    if checks:
+        lines.append(f"{sum('error' not in row for row in checks)} of {len(checks)} checked numbers are right")
+    for row in rows:
+        if "kernel_shares" in row:
+            shares = ", ".join(f"{kind} {share:.1%}" for kind, share in row["kernel_shares"].items())
+            lines.append(f"{row['label']}, batch {row['batch_size']}: {shares}")
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -60,8 +60,7 @@ class Warm(NamedTuple):
     """Runs a block of dispatches, and gives the seconds of one of their steps."""
     facts: Callable[[], dict[str, Any]]
     """What is known beside the speed."""
-    hlo: Callable[[], str]
-    """The compiled program's text."""
+    program: jax.stages.Compiled
 
 
 def warm_up(config: Config, steps: int) -> Warm:
@@ -124,7 +123,7 @@ def warm_up(config: Config, steps: int) -> Warm:
             "loss": losses[-1] if losses else None,
         }
 
-    return Warm(block, facts, program.as_text)
+    return Warm(block, facts, program)
 
 
 def train_speed(config: Config, options: Any) -> dict[str, Any]:
@@ -135,7 +134,7 @@ def train_speed(config: Config, options: Any) -> dict[str, Any]:
     if options.profile:
         with trace(options.profile):
             warm.block()
-        found = kernels(options.profile, warm.hlo())
+        found = kernels(options.profile, warm.program.as_text())
         profile = {"kernel_shares": shares(found), "largest_kernels": [kernel._asdict() for kernel in found[:10]]}
         if options.json != "-":
             print(report(found, options.steps * config.training.steps_per_dispatch))
