@@ -26,6 +26,7 @@ from gptjax.parallel.mesh import one_device_mesh
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
 from gptjax.sampling.filters import filter_settings
+from gptjax.training.profile import kernels, report, trace
 from gptjax.training.state import init_params
 
 COLUMNS = {
@@ -79,8 +80,10 @@ def decode_speed(
         decodes.append(timed(lambda s=state: decode_n_tokens(c, params, s, settings, END_OF_TEXT, new_tokens)))
     if options.profile:
         state = jax.block_until_ready(start())
-        with jax.profiler.trace(options.profile):
+        with trace(options.profile):
             timed(lambda: decode_n_tokens(c, params, state, settings, END_OF_TEXT, new_tokens))
+        if options.json != "-":
+            print(report(kernels(options.profile, program.as_text()), new_tokens))
     device = jax.devices()[0]
     seconds = measure.spread(decodes)
     rate = batch_size * new_tokens / seconds["median"]

@@ -329,6 +329,8 @@ class TrainingConfig:
     """Ask the GPU for bit-reproducible kernels, at some cost in speed. CPU runs always are."""
     log_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics go beside metrics.jsonl; each needs its own package."""
+    profile_steps: str = ""
+    """A:B writes a Perfetto trace of the steps after A up to B, and prints the largest kernels. Empty: none."""
 
     def __post_init__(self):
         require_types("training.", self)
@@ -356,6 +358,12 @@ class TrainingConfig:
                     f"training.{name} {size} is not a multiple of training.micro_batch_size {micro}; "
                     f"the nearest is {max(1, round(size / micro)) * micro}"
                 )
+        if self.profile_steps and self.profile_window is None:
+            last = max(2, min(23, self.steps))
+            raise UserError(
+                f"training.profile_steps is {self.profile_steps!r}, but must be A:B with 1 ≤ A < B ≤ training.steps "
+                f"{self.steps}, such as {max(1, last - 3)}:{last}; step 1 compiles"
+            )
         start = self.resolved_batch_ramp_start
         require(
             start <= self.batch_size,
@@ -369,6 +377,14 @@ class TrainingConfig:
     @property
     def resolved_micro_batch_size(self) -> int:
         return self.micro_batch_size or self.batch_size
+
+    @property
+    def profile_window(self) -> tuple[int, int] | None:
+        """The last step before those of profile_steps, and the last of these; None where there are none."""
+        first, colon, last = self.profile_steps.partition(":")
+        if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last) <= self.steps):
+            return None
+        return int(first), int(last)
 
     @property
     def resolved_batch_ramp_start(self) -> int:

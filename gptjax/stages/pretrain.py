@@ -33,6 +33,7 @@ from gptjax.training.loop import Callbacks, Corrupted, Diverged, fit
 from gptjax.training.losses import language_model_loss
 from gptjax.training.metrics import METRICS_FILE, Console, MetricsLog
 from gptjax.training.optimizer import make_optimizer
+from gptjax.training.profile import Profiler
 from gptjax.training.signals import stop_on_signals
 from gptjax.training.state import abstract_state
 from gptjax.training.step import TrainStep, make_train_step
@@ -143,12 +144,23 @@ def _pretrain(
         with ledger("evaluation"):
             resume.make_up_evaluation(config, directory, state, progress, calls)
         train_step, share = _compile_step(config, model, optimizer, data.tokenizer), callbacks.share(config)
+        profiler = _profiler(config, directory, console)
         rollbacks = Rollbacks(config, directory, manager, ledger)
         stopped = None
         while stopped is None:
             weights, seed = config.data.weights, config.training.seed
             stream = RowStream([*sources.values()], seed, progress.position, weights=weights, share=share)
-            arguments = (config, state, progress, train_step, stream, calls, ledger, _mfu_per_token_rate(config))
+            arguments = (
+                config,
+                state,
+                progress,
+                train_step,
+                stream,
+                calls,
+                ledger,
+                _mfu_per_token_rate(config),
+                profiler,
+            )
             del state  # or a diverged one would stay in memory beside the one that takes its place
             try:
                 state, progress = fit(*arguments)
@@ -159,6 +171,8 @@ def _pretrain(
             finally:
                 del arguments
                 stream.close()
+                if profiler is not None:
+                    profiler.close()
             if stopped == "diverged":
                 back = rollbacks.roll_back(progress, abstract_state(model, optimizer), console.message)
                 if back is not None:
@@ -270,6 +284,12 @@ def _compile_step(
         steps_per_dispatch=training.steps_per_dispatch,
         spike_sigmas=config.guard.spike_sigmas,
     )
+
+
+def _profiler(config: Config, directory: Path, console: Console) -> Profiler | None:
+    window = config.training.profile_window
+    folder = directory / run_dir.PROFILE if distributed.is_first() else None
+    return None if window is None else Profiler(window, folder, console.message)
 
 
 def _mfu_per_token_rate(config: Config) -> float | None:

@@ -4,9 +4,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-KINDS = ("start", "compile", "data", "evaluation", "sample", "checkpoint", "lost")
+KINDS = ("start", "compile", "data", "evaluation", "sample", "checkpoint", "profile", "lost")
 """What is counted. `start` is everything before the loop; `data` is waiting for data: reading while the device computes
-is part of the step; `lost` are steps that were undone, and all since the checkpoint that a killed run went back to."""
+is part of the step; `profile` is starting, ending and reading a trace; `lost` are steps that were undone, and all since
+the checkpoint that a killed run went back to."""
 
 
 class Ledger:

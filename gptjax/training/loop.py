@@ -14,6 +14,7 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.parallel import sharding
 from gptjax.training.ledger import Ledger
+from gptjax.training.profile import Profiler
 from gptjax.training.rerun import run_twice
 from gptjax.training.schedule import Progress, batch_size, learning_rate
 from gptjax.training.state import TrainState
@@ -66,6 +67,7 @@ def fit(
     callbacks: Callbacks,
     ledger: Ledger,
     mfu_per_token_rate: float | None,
+    profiler: Profiler | None = None,
 ) -> tuple[TrainState, Progress]:
     """Train from `progress` to `training.steps`, or until asked to stop.
 
@@ -76,6 +78,7 @@ def fit(
         config: resolved.
         stream: positioned at `progress.position`.
         mfu_per_token_rate: MFU at one token a second; None where the device's peak is unknown.
+        profiler: traces the steps of its window, which no speed counts; None: no step is traced.
 
     Raises:
         Diverged: `guard.max_skipped` steps in a row were skipped, which is noticed where an interval ends; or an
@@ -93,6 +96,12 @@ def fit(
 
     while progress.step < training.steps:
         boundary = _next_boundary(progress.step, (*intervals, guard.rerun_every_steps), training.steps)
+        if profiler is not None:
+            boundary = min([boundary, *(step for step in profiler.window if step > progress.step)])
+            if compiled and not profiler.is_running and profiler.window[0] <= progress.step < profiler.window[1]:
+                with ledger("profile"):
+                    history.pause(progress, metrics)
+                    profiler.begin(progress.step)
         num_steps = min(training.steps_per_dispatch, boundary - progress.step)
         with ledger(data_kind):
             batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps)
@@ -107,6 +116,15 @@ def fit(
                 state, metrics = train_step(state, batch, counts_K, rates_K, num_steps)
                 jax.block_until_ready(metrics)
             compiled = True
+            history.start(progress)
+        if profiler is not None and profiler.is_running and progress.step >= profiler.window[1]:
+            jax.block_until_ready(metrics)
+            arguments = (state, batch, counts_K, rates_K, num_steps)
+            with ledger("profile"):
+                profiler.end(
+                    progress.step, lambda arguments=arguments: train_step.lower(*arguments).compile().as_text()
+                )
+            del arguments
             history.start(progress)
 
         preempted = callbacks.should_stop() and progress.step < training.steps
@@ -182,6 +200,7 @@ class _History:
     def __init__(self, report: Callable, ledger: Ledger, mfu_per_token_rate: float | None, max_skipped: int):
         self._report, self._ledger, self._mfu_per_token_rate = report, ledger, mfu_per_token_rate
         self._max_skipped = max_skipped
+        self._paused = False
         self._held: tuple[Progress, float, Metrics] | None = None
         self._speed: dict[str, float | None] = {"tokens_per_second": None, "mfu": None, "data_wait_fraction": None}
 
@@ -189,6 +208,13 @@ class _History:
         """Measure speed from here on: the steps so far are done, and the time so far is not counted."""
         self._tokens = progress.tokens
         self._seconds = self._ledger.seconds
+        self._paused = False
+
+    def pause(self, progress: Progress, metrics: Metrics) -> None:
+        """Wait for the newest step, whose metrics these are, and measure no speed until `start`."""
+        jax.block_until_ready(metrics)
+        self._measure(progress)
+        self._paused = True
 
     def add(self, progress: Progress, rate: float, metrics: Metrics) -> None:
         """Hold these metrics, and report those that were held."""
@@ -234,7 +260,7 @@ class _History:
     def _measure(self, done: Progress) -> None:
         """The speed since the last measurement; it stands where no further step is done since."""
         tokens = done.tokens - self._tokens
-        if tokens == 0:
+        if self._paused or tokens <= 0:  # tokens < 0: what is held is of before `start`
             return
         now, before = self._ledger.seconds, self._seconds
         data_seconds = now["data"] - before["data"]

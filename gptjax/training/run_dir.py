@@ -33,6 +33,7 @@ SAMPLES_FILE = "samples.md"
 SUMMARY_FILE = "summary.json"
 PLOT_FILE = "loss.png"
 CHECKPOINTS = "checkpoints"
+PROFILE = "profile"
 PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain", "tokenizers", "tokamax")
 
 MAY_CHANGE = (
@@ -49,6 +50,7 @@ MAY_CHANGE = (
     "training.sample_*",
     "training.steps_per_dispatch",
     "training.log_to",
+    "training.profile_steps",
     "guard.*",
     "checkpoint.*",
 )
