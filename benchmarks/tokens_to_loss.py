@@ -13,6 +13,7 @@ A run that `--runs` holds is not trained again. `--prefix` stands before each tr
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import statistics
@@ -56,7 +57,7 @@ def tune(loss_of: Callable[[float], float], start: float) -> tuple[float, dict[f
 def tokens_to_reach(target: float, ends: dict[int, float]) -> float | None:
     """Tokens at which the line through these final losses (by tokens trained) meets the target; None: it does not."""
     points = sorted(ends.items())
-    for (before, high), (after, low) in zip(points, points[1:], strict=False):
+    for (before, high), (after, low) in itertools.pairwise(points):
         if low <= target < high:
             return before + (after - before) * (high - target) / (high - low)
     return None
@@ -67,7 +68,7 @@ def main() -> int:
     parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "quickstart.py")
     parser.add_argument("--steps", type=int, help="default: the configuration's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.75], help="of the steps, for Muon")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5], help="of the steps, for Muon")
     parser.add_argument("--eval-sequences", type=int, default=1024)
     parser.add_argument("--options", default="", help="further options of train.py, in one argument")
     parser.add_argument("--prefix", default="", help="words before each training command")
@@ -118,9 +119,9 @@ def main() -> int:
                 raise SystemExit(f"training failed: {shlex.join(map(str, command))}")
 
         rows = {}
+        first, start = arguments.seeds[0], config.optimizer.peak_learning_rate
         for kind in ("adamw", "muon"):
-            first = arguments.seeds[0]
-            rate, tried = tune(lambda r, kind=kind: trained(kind, r, first).loss, config.optimizer.peak_learning_rate)
+            rate, tried = tune(lambda rate, kind=kind: trained(kind, rate, first).loss, start)
             runs = [trained(kind, rate, seed) for seed in arguments.seeds]
             losses = [run.loss for run in runs]
             rows[kind] = {
@@ -148,7 +149,7 @@ def main() -> int:
         )
     say("muon by tokens: " + ", ".join(f"{tokens:,} {loss:.4f}" for tokens, loss in sorted(ends.items())))
     if reached is None:
-        say(f"AdamW's loss lies outside of these: --shares other than {arguments.shares} would tell where Muon reaches it")
+        say("AdamW's loss lies outside of these: other --shares would tell where Muon reaches it")
     else:
         say(f"muon reaches AdamW's loss with {reached:,.0f} tokens: {token_share:.2f} of them")
         say(f"{ratio:.2f} of AdamW's time for a token, {token_share * ratio:.2f} of its time to that loss")

@@ -62,9 +62,11 @@ def load_run(
     directory = Path(directory)
     config, _ = load_run_config(directory)
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
-    # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round.
+    # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round; and one trained
+    # in eight-bit products in whole ones, which need no such chip and cost little where weights are read once a token.
     dtype = default_compute_dtype(jax.devices()[0].platform)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    model_config = dataclasses.replace(config.model, compute_dtype=dtype, fp8=False)
+    config = dataclasses.replace(config, model=model_config)
     model = GPT(config.model)
     checkpoints = directory / CHECKPOINTS
     number = _step_number(checkpoints, step, verify, log)

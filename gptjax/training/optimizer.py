@@ -32,9 +32,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def owners(params: Any) -> Any:
     """Of each parameter the kind of optimizer that updates it where `kind` is muon: `muon` or `adamw`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params)
 
 
 def decay_mask(params: Any) -> Any:
