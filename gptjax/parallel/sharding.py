@@ -91,9 +91,13 @@ def join_tokens(x_BTD: jax.Array) -> jax.Array:
         return x_BTD.reshape(shape)
     before = jax.typeof(x_BTD).sharding.spec
     tokens = tuple(jax.tree.leaves(tuple(spec("batch", "sequence"))))
-    last = getattr(before, "partitions", before)[-1]  # jax 0.10 has no `partitions`, 0.12 refuses the index
-    after = P(tokens, last, reduced=before.reduced, unreduced=before.unreduced)
+    after = P(tokens, _entries(before)[-1], reduced=before.reduced, unreduced=before.unreduced)
     return jnp.reshape(x_BTD, shape, out_sharding=after)
+
+
+def _entries(layout: P) -> tuple:
+    """What splits each dimension, without marks: jax 0.10 has no `partitions`, 0.12 refuses to be read otherwise."""
+    return tuple(getattr(layout, "partitions", layout))
 
 
 def fan_out(x_BTD: jax.Array, axis: str) -> jax.Array:
@@ -113,7 +117,7 @@ def unmark(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     layout = jax.typeof(x).sharding.spec
     if not layout.reduced:
         return x, lambda y: y
-    return jax.sharding.reshard(x, P(*layout)), lambda y: jax.sharding.reshard(y, layout)
+    return jax.sharding.reshard(x, P(*_entries(layout))), lambda y: jax.sharding.reshard(y, layout)
 
 
 def map_layers(function: Callable[[jax.Array], jax.Array], stack_LDF: jax.Array) -> jax.Array:
@@ -128,7 +132,7 @@ def map_layers(function: Callable[[jax.Array], jax.Array], stack_LDF: jax.Array)
     if not has_mesh():
         return function(stack_LDF)
     mesh = jax.sharding.get_abstract_mesh()
-    layout = tuple(jax.typeof(stack_LDF).sharding.spec)
+    layout = _entries(jax.typeof(stack_LDF).sharding.spec)
     splits = [(dimension, entry) for dimension, entry in enumerate(layout) if entry is not None]
     split = jax.tree.leaves([entry for _, entry in splits])
     copies = tuple(name for name, size in mesh.shape.items() if size > 1 and name not in split)
