@@ -88,6 +88,8 @@ class ModelConfig:
     """What computes attention in training. auto: the fastest that can on this device, as said at the start."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of activations; parameters are always float32. None: float32 on CPU, else bfloat16."""
+    fp8: bool = False
+    """Train q, k, v and feed-forward in 8-bit products (Ada, Hopper and later); MFU stays a share of bf16's peak."""
 
     def __post_init__(self):
         if isinstance(self.attention_pattern, str):
@@ -245,8 +247,10 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon makes the updates of the blocks' weight matrices orthogonal; what else there is stays AdamW's."""
     peak_learning_rate: float = 6e-4
     """Learning rate after warm-up."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -269,6 +273,10 @@ class OptimizerConfig:
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    muon_update_rms: float = 0.2
+    """Root mean square of Muon's updates; AdamW's is near 0.2, so that one learning rate serves both."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices and embeddings; norms and biases have none."""
     clip_norm: float = 1.0
@@ -285,7 +293,8 @@ class OptimizerConfig:
             *("epsilon", "weight_decay", "clip_norm"),
         )
         require_range("optimizer.", self, 0, 1, "final_learning_rate_fraction", "wsd_decay_fraction")
-        require_range("optimizer.", self, 0, 0.999999, "beta1", "beta2")
+        require_range("optimizer.", self, 0, 0.999999, "beta1", "beta2", "muon_momentum")
+        require_range("optimizer.", self, 1e-6, math.inf, "muon_update_rms")
         require(
             not (self.warmup_steps and self.warmup_tokens),
             f"optimizer.warmup_steps {self.warmup_steps} and optimizer.warmup_tokens {self.warmup_tokens} "

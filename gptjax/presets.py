@@ -8,7 +8,7 @@ its authors' data, so that all but the article's ask for `data.path`; BPE vocabu
 import difflib
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gptjax.config import (
     CheckpointConfig,
@@ -254,12 +254,13 @@ MODERN_CONTEXT = 2048
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022
 
 
-def modern(size: str) -> Config:
+def modern(size: str, optimizer: Literal["adamw", "muon"] = "adamw") -> Config:
     """A ladder of one architecture for scaling studies: RMSNorm, RoPE, SwiGLU, normalized queries and keys, no biases.
 
     Shapes but for the normalized queries and keys are Llama's (Touvron et al. 2023), embeddings are tied. Each rung
     sees 20 tokens per parameter (Hoffmann et al. 2022), with learning rate and batch by the Step Law (Li et al. 2025)
     and a schedule that decays over its last fifth, so that longer runs can start from its middle (Hägele et al. 2024).
+    Muon's updates have AdamW's size, and take the learning rate of its law (Liu et al. 2025).
 
     Raises:
         UserError: there is no such size.
@@ -285,6 +286,7 @@ def modern(size: str) -> Config:
         tokenizer=tokenizer,
         data=WEB_TEXT,
         optimizer=OptimizerConfig(
+            kind=optimizer,
             peak_learning_rate=float(f"{1.78 * matrices**-0.712 * tokens**0.307:.2g}"),
             schedule="wsd",
             warmup_steps=steps // 50,

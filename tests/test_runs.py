@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import sample
 import train
 from gptjax import cli
+from gptjax.training.load import load_run
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run_dir import MAY_CHANGE
 
@@ -185,6 +187,7 @@ def test_more_steps_and_scanned_layers_continue_a_run(in_process, inside, capsys
         (["--optimizer.peak-learning-rate", "0.1"], "optimizer.peak_learning_rate 0.01 → 0.1"),
         (["--training.seed", "1"], "training.seed 0 → 1"),
         (["--tokenizer.kind", "byte"], "tokenizer.kind bpe → byte"),
+        (["--optimizer.kind", "muon"], "optimizer.kind adamw → muon"),
     ],
 )
 def test_another_configuration_is_refused_with_its_fields(uninterrupted, inside, override, field, capsys):
@@ -218,6 +221,7 @@ def refusal(arguments: list[str], capsys, main=train.main) -> str:
         (["tiny.py", "--model.vocab-size", "1000"], ["1000", "300"]),
         (["tiny.py", "--training.sample-prompt", "the cat sat on a mat " * 9], ["sample_prompt", "16"]),
         (["tiny.py", "--tokenizer.kind", "char", "--training.sample-prompt", "Q"], ["'Q'"]),
+        (["tiny.py", "--model.fp8"], ["model.fp8", "compute capability 8.9", "this is cpu"]),
         (["tiny.py", "--mesh.tensor", "3"], ["3", "8 devices"]),
         (["tiny.py", "--mesh.tensor", "8"], ["num_heads 4", "nearest that does is 4"]),
         (["tiny.py", "--training.micro-batch-size", "4"], ["4 sequences", "8 devices"]),
@@ -238,6 +242,18 @@ def test_bad_input_is_one_line(inside, arguments, expected, capsys):
     error = refusal([*arguments, *(["--run-dir", "runs/refused"] if "--run-dir" not in arguments else [])], capsys)
     assert all(part in error for part in expected), error
     assert not (inside / "runs" / "refused").exists()
+
+
+def test_a_run_trained_in_eight_bits_is_used_without(uninterrupted, tmp_path):
+    """On any device, and with the products whose losses its evaluations were."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["model"]["fp8"] = True
+    path.write_text(json.dumps(values), encoding="utf-8")
+    loaded = load_run(tmp_path / "run")
+    assert not loaded.model.config.fp8
+    assert loaded.config.model == loaded.model.config
 
 
 def test_a_missing_logger_is_told_before_there_is_a_run(inside, capsys, monkeypatch):

@@ -169,7 +169,7 @@ class Attention(nn.Module):
         x_BTD = sharding.fan_out(x_BTD, "heads")
 
         def project(name: str, num_heads: int, axis: str) -> jax.Array:
-            y = Linear(num_heads * H, ("embed", axis), c.bias, c.initializer_std, name=name)(x_BTD)
+            y = Linear(num_heads * H, ("embed", axis), c.bias, c.initializer_std, c.fp8, name=name)(x_BTD)
             out_sharding = sharding.spec("batch", "sequence", axis, "head_dim")
             return jnp.reshape(y, (B, T, num_heads, H), out_sharding=out_sharding)
 

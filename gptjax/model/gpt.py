@@ -77,6 +77,7 @@ class Block(nn.Module):
             bias=c.bias,
             init_std=c.initializer_std,
             residual_std=c.initializer_std * (2 * c.num_layers) ** -0.5,
+            fp8=c.fp8,
             name="feed_forward",
         )
         attention_norm = make_norm(c, "attention_norm")

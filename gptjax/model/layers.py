@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, D model, F features out, H head dimension, N 
 (any leading dimensions, flattened), V vocabulary.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -11,11 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gptjax.model import fp8
 from gptjax.parallel import sharding
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str = "df") -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def matmul(
+    x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str = "df", in_fp8: bool = False
+) -> jax.Array:
     """`x @ w` in x's type, of a weight as it is stored.
 
     The one place where the model multiplies by a weight. Each pass gathers it for itself. Its gradient leaves the
@@ -25,23 +29,31 @@ def matmul(x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str 
         w_DF: in any type; in float32 where its gradient is asked for.
         axes: logical axes of `w`. That of F is the result's last, which is whole where F is `embed`.
         order: of w's dimensions; `fd` for one that is stored as its transpose.
+        in_fp8: whether the operands of this product, and of the two of its gradient, are rounded to eight bits.
     """
-    return _matmul_forward(x_BTD, w_DF, axes, order)[0]
+    return _matmul_forward(x_BTD, w_DF, axes, order, in_fp8)[0]
 
 
-def _matmul_forward(x_BTD, w_DF, axes, order):
-    w_DF = w_DF.astype(x_BTD.dtype)  # kept, for XLA would gather the result of a second cast once more
-    return _product(x_BTD, w_DF, axes, order), (x_BTD, w_DF)
+def _matmul_forward(x_BTD, w_DF, axes, order, in_fp8):
+    if in_fp8:
+        kept = fp8.quantize(x_BTD, fp8.E4M3), fp8.quantize(w_DF, fp8.E4M3)
+    else:
+        kept = x_BTD, w_DF.astype(x_BTD.dtype)  # kept, for XLA would gather the result of a second cast once more
+    return _product(*_operands(kept, axes, x_BTD.dtype), axes, order, precision(x_BTD)), kept
 
 
-def _matmul_backward(axes, order, residuals, dy_BTF):
-    x_BTD, w_DF = residuals
-    (dx_BTD,) = jax.linear_transpose(lambda x_BTD: _product(x_BTD, w_DF, axes, order), x_BTD)(dy_BTF)
+def _matmul_backward(axes, order, in_fp8, kept, dy_BTF):
+    x_BTD, w_DF = _operands(kept, axes, dy_BTF.dtype)
+    exact = precision(dy_BTF)
+    if in_fp8:
+        dy_BTF = fp8.dequantize(fp8.quantize(dy_BTF, fp8.E5M2), dy_BTF.dtype)
+        exact = jax.lax.Precision.HIGHEST  # or cuBLASLt would add eight-bit products up with 14 bits of mantissa
+    (dx_BTD,) = jax.linear_transpose(lambda x_BTD: _product(x_BTD, w_DF, axes, order, exact), x_BTD)(dy_BTF)
     (x, tokens), (dy, _) = _flatten(x_BTD), _flatten(dy_BTF)
     dw_DF = jnp.einsum(
         f"{tokens}d,{tokens}f->{order}",
         *(x, dy),
-        precision=precision(x),
+        precision=exact,
         preferred_element_type=jnp.float32,
         out_sharding=sharding.partial_sums(*axes),
     )
@@ -51,12 +63,22 @@ def _matmul_backward(axes, order, residuals, dy_BTF):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _product(x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str) -> jax.Array:
-    x, tokens = _flatten(x_BTD)
-    w_DF, out_axis = sharding.gather(w_DF, *axes), axes[order.index("f")]
+def _operands(kept: tuple, axes: tuple[str, str], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Activation and gathered weight as they are multiplied. A weight in eight bits is gathered in eight bits."""
+    x_BTD, w_DF = kept
+    if isinstance(w_DF, fp8.Scaled):
+        w_DF = dataclasses.replace(w_DF, bits=sharding.gather(w_DF.bits, *axes))
+        return fp8.dequantize(x_BTD, dtype), fp8.dequantize(w_DF, dtype)
+    return x_BTD, sharding.gather(w_DF, *axes)
+
+
+def _product(
+    x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str, exact: jax.lax.Precision | None
+) -> jax.Array:
+    (x, tokens), out_axis = _flatten(x_BTD), axes[order.index("f")]
     out_axes = ("batch", "sequence", "features" if out_axis == "embed" else out_axis)
     out_sharding = sharding.spec(*(out_axes if tokens == "bt" else out_axes[::2]))
-    y = jnp.einsum(f"{tokens}d,{order}->{tokens}f", x, w_DF, precision=precision(x), out_sharding=out_sharding)
+    y = jnp.einsum(f"{tokens}d,{order}->{tokens}f", x, w_DF, precision=exact, out_sharding=out_sharding)
     return jnp.reshape(y, (*x_BTD.shape[:-1], y.shape[-1]), out_sharding=sharding.spec(*out_axes))
 
 
@@ -89,12 +111,13 @@ class Linear(nn.Module):
     axes: tuple[str, str]
     bias: bool
     init_std: float
+    fp8: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         shape = (x_BTD.shape[-1], self.features)
         w_DF = self.param("w", normal(self.init_std, *self.axes), shape)
-        y_BTF = matmul(x_BTD, w_DF, self.axes)
+        y_BTF = matmul(x_BTD, w_DF, self.axes, in_fp8=self.fp8)
         if self.bias:
             b_F = self.param("b", constant(0.0, self.axes[1]), (self.features,))
             y_BTF = add_bias(y_BTF, sharding.gather(b_F, self.axes[1]))
@@ -199,16 +222,18 @@ class FeedForward(nn.Module):
     bias: bool
     init_std: float
     residual_std: float
+    fp8: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         def project(name: str) -> jax.Array:
-            return Linear(self.ffn_dim, ("embed", "ffn"), self.bias, self.init_std, name=name)(x_BTD)
+            return Linear(self.ffn_dim, ("embed", "ffn"), self.bias, self.init_std, self.fp8, name=name)(x_BTD)
 
         activation = ACTIVATIONS[self.activation]
         x_BTD = sharding.fan_out(x_BTD, "ffn")
         h_BTF = activation(project("gate")) * project("up") if self.gated else activation(project("up"))
-        return Linear(x_BTD.shape[-1], ("ffn", "embed"), self.bias, self.residual_std, name="down")(h_BTF)
+        down = Linear(x_BTD.shape[-1], ("ffn", "embed"), self.bias, self.residual_std, self.fp8, name="down")
+        return down(h_BTF)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, rotary_dim: int) -> jax.Array:

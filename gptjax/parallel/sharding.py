@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +91,13 @@ def join_tokens(x_BTD: jax.Array) -> jax.Array:
         return x_BTD.reshape(shape)
     before = jax.typeof(x_BTD).sharding.spec
     tokens = tuple(jax.tree.leaves(tuple(spec("batch", "sequence"))))
-    last = getattr(before, "partitions", before)[-1]  # jax 0.10 has no `partitions`, 0.12 refuses the index
-    after = P(tokens, last, reduced=before.reduced, unreduced=before.unreduced)
+    after = P(tokens, _entries(before)[-1], reduced=before.reduced, unreduced=before.unreduced)
     return jnp.reshape(x_BTD, shape, out_sharding=after)
+
+
+def _entries(layout: P) -> tuple:
+    """What splits each dimension, without marks: jax 0.10 has no `partitions`, 0.12 refuses to be read otherwise."""
+    return tuple(getattr(layout, "partitions", layout))
 
 
 def fan_out(x_BTD: jax.Array, axis: str) -> jax.Array:
@@ -106,6 +110,48 @@ def fan_out(x_BTD: jax.Array, axis: str) -> jax.Array:
         return x_BTD
     target = spec("batch", "sequence", "features")
     return jax.sharding.reshard(x_BTD, P(*target, reduced={TABLE[axis]}))
+
+
+def unmark(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """`x` without the mark of `fan_out`, with which JAX lets nothing be computed, and what puts the mark back."""
+    layout = jax.typeof(x).sharding.spec
+    if not layout.reduced:
+        return x, lambda y: y
+    return jax.sharding.reshard(x, P(*_entries(layout))), lambda y: jax.sharding.reshard(y, layout)
+
+
+def map_layers(function: Callable[[jax.Array], jax.Array], stack_LDF: jax.Array) -> jax.Array:
+    """`function` of stacked matrices, of which it needs each whole, while `fsdp` and `tensor` keep them in pieces.
+
+    All devices of the mesh share the layers out, and get each its own whole; where layers are fewer than devices some
+    work on nothing. No device ever holds more than its share of the stack.
+
+    Args:
+        function: of (any number of layers, D, F), of the same shape; treats each layer alone, and zeros as well.
+    """
+    if not has_mesh():
+        return function(stack_LDF)
+    mesh = jax.sharding.get_abstract_mesh()
+    layout = _entries(jax.typeof(stack_LDF).sharding.spec)
+    splits = [(dimension, entry) for dimension, entry in enumerate(layout) if entry is not None]
+    split = jax.tree.leaves([entry for _, entry in splits])
+    copies = tuple(name for name, size in mesh.shape.items() if size > 1 and name not in split)
+    L, n = len(stack_LDF), mesh.size
+
+    def local(pieces_LDF: jax.Array) -> jax.Array:
+        x_LDF = jnp.pad(pieces_LDF, ((0, -L % n), (0, 0), (0, 0)))
+        if copies:
+            share = len(x_LDF) // math.prod(mesh.shape[name] for name in copies)
+            x_LDF = jax.lax.dynamic_slice_in_dim(x_LDF, jax.lax.axis_index(copies) * share, share)
+        for dimension, entry in splits:
+            x_LDF = jax.lax.all_to_all(x_LDF, entry, split_axis=0, concat_axis=dimension, tiled=True)
+        x_LDF = function(x_LDF)
+        for dimension, entry in reversed(splits):
+            x_LDF = jax.lax.all_to_all(x_LDF, entry, split_axis=dimension, concat_axis=0, tiled=True)
+        return (jax.lax.all_gather(x_LDF, copies, tiled=True) if copies else x_LDF)[:L]
+
+    spec = P(*layout)
+    return jax.shard_map(local, in_specs=spec, out_specs=spec, check_vma=False)(stack_LDF)
 
 
 def balance(x: jax.Array, axis: int = 1) -> jax.Array:

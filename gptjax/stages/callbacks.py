@@ -3,6 +3,7 @@
 All processes evaluate, sample and save together; the first alone writes what is not a checkpoint.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
 from gptjax.config_files import to_dict
 from gptjax.data.loader import Share, TokenRows, evaluation_rows
 from gptjax.data.shards import PreparedData
@@ -68,7 +69,7 @@ def evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callable
     def evaluate_state(state: TrainState) -> dict[str, float]:
         batches = evaluation_rows(rows, batch_size, limit, share(config))
         apart = separator(config, tokenizer)
-        found = evaluate(config.model, state.params, batches, token_bytes, apart, batch_size)
+        found = evaluate(_as_used(config.model), state.params, batches, token_bytes, apart, batch_size)
         return {
             "val_loss": found.nats_per_token,
             "val_bits_per_byte": found.bits_per_byte,
@@ -76,6 +77,11 @@ def evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callable
         }
 
     return evaluate_state
+
+
+def _as_used(model: ModelConfig) -> ModelConfig:
+    """What is trained in eight bits is used without, by `load_run` too: the losses here are those of that model."""
+    return dataclasses.replace(model, fp8=False)
 
 
 def sampler(
@@ -86,7 +92,7 @@ def sampler(
     sampling = SamplingConfig(max_tokens=training.sample_tokens, temperature=0.7, top_p=0.95, seed=training.seed)
 
     def sample(state: TrainState, progress: Progress) -> None:
-        (completion,) = generate(config.model, state.params, tokenizer, [training.sample_prompt], sampling)
+        (completion,) = generate(_as_used(config.model), state.params, tokenizer, [training.sample_prompt], sampling)
         if not distributed.is_first():
             return
         text = completion.prompt + completion.text

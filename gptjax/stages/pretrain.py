@@ -18,6 +18,7 @@ from gptjax.data.prepare import prepare
 from gptjax.data.shards import PreparedData, TokenArray
 from gptjax.errors import UserError
 from gptjax.model.accounting import mfu, parameter_counts, peak_flops, training_flops_per_token
+from gptjax.model.fp8 import require_hardware
 from gptjax.model.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.parallel.launch import DistributedConfig
@@ -222,6 +223,8 @@ def _with_mesh(config: Config, console: Console) -> Config:
     if len(devices) > 1:
         console.message(f"mesh {messages.axes(mesh)}: {reason}")
     messages.attention_kernels(dataclasses.replace(config, mesh=mesh))  # refuses one that is forced and cannot run
+    if config.model.fp8:
+        require_hardware(devices[0])
     if config.guard.rerun_every_steps and devices[0].platform == "gpu" and not config.training.deterministic:
         raise UserError(
             "guard.rerun_every_steps compares bit for bit, which on a GPU needs training.deterministic; "

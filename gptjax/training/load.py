@@ -63,9 +63,11 @@ def load_run(
     config, _ = load_run_config(directory)
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
     # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round; a kernel that it
-    # was told to train with need not exist here.
-    how = {"compute_dtype": default_compute_dtype(jax.devices()[0].platform), "attention_kernel": "auto"}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **how))
+    # was told to train with need not exist here; and eight-bit products become whole ones, which need no such chip and
+    # cost little where weights are read once a token.
+    dtype = default_compute_dtype(jax.devices()[0].platform)
+    model_config = dataclasses.replace(config.model, compute_dtype=dtype, attention_kernel="auto", fp8=False)
+    config = dataclasses.replace(config, model=model_config)
     model = GPT(config.model)
     checkpoints = directory / CHECKPOINTS
     number = _step_number(checkpoints, step, verify, log)

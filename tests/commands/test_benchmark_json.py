@@ -1,7 +1,9 @@
 """The benchmarks of data and quality: their JSON is all that standard output holds, or lies in a file."""
 
 import importlib.util
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -104,3 +106,35 @@ def test_every_preset(tmp_path):
     assert row["published_parameters"] > row["parameters"] > 0
     assert row["final_loss"] < row["first_loss"]
     assert "shakespeare_char_cpu" in result.stderr
+
+
+def test_tokens_to_loss(outcome, monkeypatch):
+    """Both optimizers are tuned until the best rate lies between two worse ones; where Muon reaches AdamW's loss is
+    read off the ends of runs of several lengths; and a run that is there already is not trained again."""
+    module, trained = load("tokens_to_loss"), []
+
+    def train(command, **_):
+        """Loss 2 and the squared distance to the best rate in powers of two; Muon's falls with the steps from 3."""
+        command = [*map(str, command)]
+        given = {word[2:]: value for word, value in itertools.pairwise(command) if word.startswith("--")}
+        kind, rate, steps = (
+            given[name] for name in ("optimizer.kind", "optimizer.peak-learning-rate", "training.steps")
+        )
+        trained.append((kind, float(rate), int(steps)))
+        off = math.log2(float(rate) / (4e-3 if kind == "adamw" else 1.6e-2)) ** 2
+        loss = off + (2.0 if kind == "adamw" else 3.0 - int(steps) / 100)
+        summary = {"stopped": "finished", "val_loss": loss, "tokens": 10 * int(steps), "step": int(steps)}
+        Path(given["run-dir"]).mkdir(parents=True)
+        speed = 100.0 if kind == "adamw" else 80.0
+        (Path(given["run-dir"]) / "summary.json").write_text(json.dumps(summary | {"tokens_per_second": speed}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", train)
+    result = outcome(module, "--steps", "160", "--shares", "0.5", "--runs", "runs")
+    adamw, muon = result["rows"]
+    assert (adamw["learning_rate"], muon["learning_rate"]) == (4e-3, 1.6e-2)
+    assert sorted(map(float, muon["tried"])) == [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]
+    assert result["tokens_to_reach"] == pytest.approx(1000)  # of 1600, where 3 - steps / 100 is 2
+    assert result["token_share"] == pytest.approx(1000 / 1600)
+    assert result["time_ratio"] == pytest.approx(1.25)
+    assert len(set(trained)) + 3 == len(trained), "only the best, and the shorter one, have a second seed"

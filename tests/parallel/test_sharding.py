@@ -10,6 +10,8 @@ from gptjax.errors import UserError
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import AXES, make_mesh, one_device_mesh
 
+RANDOM = np.random.default_rng(0)
+
 
 def test_spec_reads_the_table(mesh):
     assert sharding.spec("batch", "sequence", "heads", "head_dim") == P(("data", "fsdp"), "context", "tensor", None)
@@ -58,6 +60,29 @@ def test_put_batch_splits_rows_and_keeps_order(mesh):
         data, fsdp, _, _ = np.argwhere(mesh.devices == shard.device)[0]
         first = 2 * (2 * data + fsdp)
         np.testing.assert_array_equal(shard.data, tokens_KABT[:, :, first : first + 2])
+
+
+@pytest.mark.parametrize(
+    "axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}]
+)
+@pytest.mark.parametrize("names", [("stack", "embed", "ffn"), ("stack", "heads", "embed")])
+def test_layers_are_shared_out_whole(axes, names):
+    """Three layers, and ten: each device gets as many whole matrices as any other or nothing but zeros, and the results
+    come back in order, laid out as the stack was, though they depend on a whole matrix."""
+    seen = []
+
+    def accumulate(x_LDF):
+        seen.append(x_LDF.shape)
+        return x_LDF.cumsum(axis=1).cumsum(axis=2)
+
+    with jax.set_mesh(make_mesh(MeshConfig(**{"data": 1} | axes))):
+        for num_layers, share in ((3, 1), (10, 2)):
+            stack = RANDOM.normal(size=(num_layers, 8, 16)).astype(np.float32)
+            stored = jax.device_put(stack, sharding.spec(*names))
+            found = jax.jit(lambda x: sharding.map_layers(accumulate, x))(stored)
+            assert found.sharding.is_equivalent_to(stored.sharding, 3)
+            np.testing.assert_allclose(found, stack.cumsum(1).cumsum(2), rtol=1e-4, atol=1e-4)
+            assert seen[-1] == (share, 8, 16)
 
 
 def test_mesh_has_all_axes_and_all_devices():
