@@ -160,8 +160,8 @@ def _check(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: Tra
     product = math.prod(axes.values())
     require(
         product == num_devices,
-        f"mesh {' × '.join(f'{name} {size}' for name, size in axes.items())} = {product}, but there are "
-        f"{num_devices} device{'s' * (num_devices > 1)}; each axis must divide {num_devices}, and their product be "
+        f"mesh {' × '.join(f'{name} {size}' for name, size in axes.items())} = {product}, but there "
+        f"{'are' if num_devices > 1 else 'is'} {num_devices} device{'s' * (num_devices > 1)}; each axis must divide {num_devices}, and their product be "
         f"{num_devices}",
     )
     shards = mesh.data * mesh.fsdp

@@ -28,7 +28,8 @@ def configure(*, deterministic: bool = False) -> None:
 def _quiet_storage() -> None:
     """Let the one line stand alone that says why a checkpoint could not be saved.
 
-    Writes that were under way then find their event loop closed, and print a traceback each.
+    What Orbax logs as an error it raises as well, with pages of tracebacks; and writes that were under way then find
+    their event loop closed, and print one each.
     """
     if sys.unraisablehook is not sys.__unraisablehook__:  # done already, or somebody else's
         return
@@ -38,6 +39,7 @@ def _quiet_storage() -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = hook
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 

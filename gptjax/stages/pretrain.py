@@ -128,7 +128,7 @@ def _pretrain(
                 # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
                 run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
                 run_dir.save_config(directory, config, run_dir.environment())
-                seconds_before = resume.count_lost(directory, seconds_before)
+                seconds_before = resume.count_lost(directory, progress.step, seconds_before)
                 resume.cut_back(directory, progress.step)
                 loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
         console.message(messages.description(config, sources, held_out, progress))

@@ -18,6 +18,7 @@ from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
 from gptjax.parallel import distributed
 from gptjax.training.manager import (
+    REMOVED,
     NewestAndBest,
     all_steps,
     clear_failure,
@@ -44,6 +45,7 @@ def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> 
     """
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
+        todelete_subdir=REMOVED,
         preservation_policy=NewestAndBest(config.keep_newest, config.keep_best),
         best_fn=validation_loss,  # without it Orbax writes no metrics
         # Called behind the training, by the first process, when all is written and just before the step gets its
@@ -51,6 +53,7 @@ def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> 
         async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: write_manifests(directory)),
     )
     manager = open_manager(directory, options)
+    remove_unfinished(directory)
     try:
         yield manager
     except BaseException:
