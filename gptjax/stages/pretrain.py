@@ -143,7 +143,9 @@ def _pretrain(
         with ledger("evaluation"):
             resume.make_up_evaluation(config, directory, state, progress, calls)
         train_step, share = _compile_step(config, model, optimizer, data.tokenizer), callbacks.share(config)
-        rollbacks = Rollbacks(config, directory, manager, ledger)
+        # What was changed by hand deserves as many tries as a new run.
+        tried = [] if accept_changes else resume.tried_rollbacks(directory, progress.step)
+        rollbacks = Rollbacks(config, directory, manager, ledger, loggers, tried)
         stopped = None
         while stopped is None:
             weights, seed = config.data.weights, config.training.seed

@@ -1,6 +1,7 @@
 """How a run goes on: what may differ from before, where it stood, and what its logs say of steps to come again."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -104,6 +105,14 @@ def _left_out(directory: Path, progress: Progress) -> int:
     records = read_metrics(path) if distributed.is_first() and path.exists() else []
     told = [record["left_out"] for record in records if "left_out" in record and record["step"] == progress.step]
     return int(distributed.gather_text(str(max([progress.left_out, *told])))[0])
+
+
+def tried_rollbacks(directory: Path, step: int) -> list[int]:
+    """The steps that the run went back to and has not come beyond: its newest checkpoint is of this step."""
+    path = directory / METRICS_FILE
+    records = read_metrics(path) if distributed.is_first() and path.exists() else []
+    tried = [record["step"] for record in records if "rolled_back_from" in record and record["step"] >= step]
+    return json.loads(distributed.gather_text(json.dumps(tried))[0])
 
 
 def count_lost(directory: Path, step: int, seconds: dict[str, float]) -> dict[str, float]:
