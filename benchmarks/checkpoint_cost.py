@@ -1,9 +1,11 @@
 """What safety costs: saving, checking, restoring, and judging each step.
 
 `python benchmarks/checkpoint_cost.py` trains a model of about 100M parameters by turns in blocks that begin with an
-asynchronous save, hashing included, and in blocks that do not: what the first take longer is what a save costs. It then
-restores with and without checking the checksums, the files not being in the page cache, beside a plain reading of the
-same files; and runs a small model's step by turns with and without the guard.
+asynchronous save, hashing included, and in blocks that do not: what the first take longer is what a save costs. Blocks
+of a third kind save nothing, but hold the state during a step, as every asynchronous save must on a CPU: the step then
+writes into fresh memory. It then restores with and without checking the checksums, the files not being in the page
+cache, beside a plain reading of the same files, and beside filling as much fresh memory, which a virtual machine may
+have to ask its host for; and runs a small model's step by turns with and without the guard.
 """
 
 import argparse
@@ -60,22 +62,30 @@ class Trainer:
 
 def cost_of_saving(trainer: Trainer, folder: Path, block: int, repeats: int) -> dict[str, float]:
     """Seconds of a step, seconds that a save blocks, and seconds that it costs with all that it slows down."""
-    plain, saving, blocking = [], [], []
+    plain, holding, saving, blocking = [], [], [], []
     with checkpoint.open_checkpoints(folder, CheckpointConfig(keep_newest=1, keep_best=0)) as manager:
         for number in range(1, repeats + 1):
             plain.append(trainer.run(block))
+            held = [np.asarray(leaf) for leaf in jax.tree.leaves(trainer.state)]
+            seconds = trainer.run(1)
+            del held
+            holding.append(seconds + trainer.run(block - 1))
             start = time.perf_counter()
             checkpoint.save(manager, number, trainer.state, {})
             blocking.append(time.perf_counter() - start)
             trainer.run(block)
             saving.append(time.perf_counter() - start)
             manager.wait_until_finished()
-    extra = statistics.median(with_save - without for with_save, without in zip(saving, plain, strict=True))
+
+    def extra(seconds: list[float]) -> float:
+        return statistics.median(more - without for more, without in zip(seconds, plain, strict=True))
+
     return {
         "step_seconds": statistics.median(plain) / block,
         "blocking_seconds": statistics.median(blocking),
-        "extra_seconds": extra,
-        "overhead": extra / (SAVE_EVERY * statistics.median(plain) / block),
+        "holding_seconds": extra(holding),
+        "extra_seconds": extra(saving),
+        "overhead": extra(saving) / (SAVE_EVERY * statistics.median(plain) / block),
     }
 
 
@@ -92,6 +102,9 @@ def cost_of_restoring(trainer: Trainer, folder: Path) -> dict[str, float]:
                 while stream.read(2**24):
                     pass
 
+    def fill() -> None:
+        np.ones(size, np.uint8)
+
     def check() -> None:
         recovery.choose(folder, checkpoint.steps_by_age)
 
@@ -102,7 +115,7 @@ def cost_of_restoring(trainer: Trainer, folder: Path) -> dict[str, float]:
         check()
         restore()
 
-    works = {"read": read, "check": check, "restore": restore, "check_and_restore": check_and_restore}
+    works = {"read": read, "fill": fill, "check": check, "restore": restore, "check_and_restore": check_and_restore}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(3):
         for name, work in works.items():
@@ -151,10 +164,12 @@ def main() -> None:
     )
     print(
         f"a save blocks for {figures['blocking_seconds']:.2f} s and costs {figures['extra_seconds']:.2f} s: "
-        f"{100 * figures['overhead']:.2f} % of {SAVE_EVERY} steps"
+        f"{100 * figures['overhead']:.2f} % of {SAVE_EVERY} steps; "
+        f"holding the state during a step, without saving, costs {figures['holding_seconds']:.2f} s"
     )
     for label, key in (
         ("plain reading", "read"),
+        ("filling fresh memory", "fill"),
         ("checking", "check"),
         ("restoring", "restore"),
         ("checking and restoring", "check_and_restore"),

@@ -13,7 +13,6 @@ import pytest
 
 import sample
 import train
-from gptjax import cli
 from gptjax.config import CheckpointConfig
 from gptjax.config_files import load_config, replace_fields
 from gptjax.errors import UserError

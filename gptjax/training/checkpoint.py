@@ -25,6 +25,7 @@ from gptjax.training.manager import (
     listed,
     one_line,
     open_manager,
+    remove_removed,
     remove_unfinished,
     validation_loss,
     write_manifests,
@@ -52,8 +53,8 @@ def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> 
         # name: a step that is there has its checksums.
         async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: write_manifests(directory)),
     )
+    remove_removed(directory)
     manager = open_manager(directory, options)
-    remove_unfinished(directory)
     try:
         yield manager
     except BaseException:

@@ -121,8 +121,7 @@ class _RenamingDeleter:
 
     def delete_steps(self, steps: Sequence[int]) -> None:
         self.deleter.delete_steps(steps)
-        if distributed.is_first():
-            shutil.rmtree(self.directory / REMOVED, ignore_errors=True)
+        remove_removed(self.directory)
 
     def close(self) -> None:
         self.deleter.close()
@@ -204,13 +203,16 @@ def _unfinished(directory: str | os.PathLike) -> list[Path]:
 
 
 def remove_unfinished(directory: str | os.PathLike) -> None:
-    """Remove what a failed save has written, and what a kill left of removed steps.
-
-    Only for the run that writes: a reader would remove a save under way.
-    """
+    """Remove what a failed save has written. Only for the run that writes: a reader would remove a save under way."""
     if distributed.is_first():
-        for folder in [*_unfinished(directory), Path(directory) / REMOVED]:
+        for folder in _unfinished(directory):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_removed(directory: str | os.PathLike) -> None:
+    """Remove the files of removed steps, those included that a killed run left."""
+    if distributed.is_first():
+        shutil.rmtree(Path(directory) / REMOVED, ignore_errors=True)
 
 
 def listed(steps: Iterable[int]) -> str:

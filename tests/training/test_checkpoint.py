@@ -25,7 +25,6 @@ from gptjax.training.checkpoint import (
     steps_by_age,
     steps_by_loss,
 )
-
 from gptjax.training.integrity import check_manifest
 
 
