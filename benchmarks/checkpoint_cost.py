@@ -4,8 +4,7 @@
 asynchronous save, hashing included, and in blocks that do not: what the first take longer is what a save costs. Blocks
 of a third kind save nothing, but hold the state during a step, as every asynchronous save must on a CPU: the step then
 writes into fresh memory. It then restores with and without checking the checksums, the files not being in the page
-cache, beside a plain reading of the same files, and beside filling as much fresh memory, which a virtual machine may
-have to ask its host for; and runs a small model's step by turns with and without the guard.
+cache, beside a plain reading of the same files; and runs a small model's step by turns with and without the guard.
 """
 
 import argparse
@@ -102,9 +101,6 @@ def cost_of_restoring(trainer: Trainer, folder: Path) -> dict[str, float]:
                 while stream.read(2**24):
                     pass
 
-    def fill() -> None:
-        np.ones(size, np.uint8)
-
     def check() -> None:
         recovery.choose(folder, checkpoint.steps_by_age)
 
@@ -115,7 +111,7 @@ def cost_of_restoring(trainer: Trainer, folder: Path) -> dict[str, float]:
         check()
         restore()
 
-    works = {"read": read, "fill": fill, "check": check, "restore": restore, "check_and_restore": check_and_restore}
+    works = {"read": read, "check": check, "restore": restore, "check_and_restore": check_and_restore}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(3):
         for name, work in works.items():
@@ -169,7 +165,6 @@ def main() -> None:
     )
     for label, key in (
         ("plain reading", "read"),
-        ("filling fresh memory", "fill"),
         ("checking", "check"),
         ("restoring", "restore"),
         ("checking and restoring", "check_and_restore"),
