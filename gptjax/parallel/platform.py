@@ -7,6 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
+import absl.logging
+
 DETERMINISTIC_GPU_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 """Autotuning is off, too: it may choose another algorithm, with other rounding, in every process."""
 
@@ -39,7 +41,10 @@ def _quiet_storage() -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = hook
-    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
+    # Not by its name: a logger that is there before absl is would not know from where it is called.
+    absl.logging.get_absl_logger().addFilter(
+        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 
