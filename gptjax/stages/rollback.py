@@ -18,7 +18,7 @@ from gptjax.training.state import TrainState
 
 
 class Rollbacks:
-    """The rollbacks of a run, at most so many since its last step of progress.
+    """The rollbacks of a process, at most so many, with those before it that no checkpoint has come beyond.
 
     Large runs are brought over a loss spike in just this way (PaLM, Chowdhery et al. 2022): the same batches at other
     parameters do no harm, and neither do these parameters on other batches.
