@@ -64,8 +64,8 @@ def flipped_bit(call: int) -> Iterator[list[int]]:
     """
     calls: list[int] = []
 
-    def faulty(*arguments, **settings):
-        train_step = make_train_step(*arguments, **settings)
+    def faulty(*parts, **settings):
+        train_step = make_train_step(*parts, **settings)
 
         def step(*arguments):
             calls.append(len(calls) + 1)

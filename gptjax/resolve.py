@@ -158,11 +158,11 @@ def _state_bytes(model: ModelConfig) -> int:
 def _check(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig) -> None:
     axes = {"data": mesh.data, "fsdp": mesh.fsdp, "context": mesh.context, "tensor": mesh.tensor}
     product = math.prod(axes.values())
+    there_are = f"there {'are' if num_devices > 1 else 'is'} {num_devices} device{'s' * (num_devices > 1)}"
     require(
         product == num_devices,
-        f"mesh {' × '.join(f'{name} {size}' for name, size in axes.items())} = {product}, but there are "
-        f"{num_devices} device{'s' * (num_devices > 1)}; each axis must divide {num_devices}, and their product be "
-        f"{num_devices}",
+        f"mesh {' × '.join(f'{name} {size}' for name, size in axes.items())} = {product}, but {there_are}; "
+        f"each axis must divide {num_devices}, and their product be {num_devices}",
     )
     shards = mesh.data * mesh.fsdp
     micro = training.resolved_micro_batch_size

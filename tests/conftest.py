@@ -2,7 +2,9 @@
 
 import os
 import random
+import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # GPTJAX_TEST_PLATFORM=cuda pytest tests/model/test_kernels.py: the kernels that only an accelerator has.
@@ -18,6 +20,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]
 import jax
 import pytest
 
+from gptjax import cli
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.parallel.mesh import make_mesh
 
@@ -115,6 +118,24 @@ def workplace(tmp_path_factory) -> Path:
         (folder / "corpus" / f"{number:03}.txt").write_text(text, encoding="utf-8")
     (folder / "tiny.py").write_text(TINY, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def refusal(capsys, monkeypatch) -> Callable[..., str]:
+    """Runs a command that the user has to mend: the one line on stderr; no traceback, exit status 2."""
+
+    def run(main: Callable[[Sequence[str]], int], *arguments: str) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.run_command(main)
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2, error
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1, error
+        return error
+
+    return run
 
 
 @pytest.fixture

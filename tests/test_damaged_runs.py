@@ -13,7 +13,6 @@ import pytest
 
 import sample
 import train
-from gptjax import cli
 from gptjax.config import CheckpointConfig
 from gptjax.config_files import load_config, replace_fields
 from gptjax.errors import UserError
@@ -63,19 +62,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refusal(capsys, main, *arguments: str) -> str:
-    """The one line on stderr of a command that does nothing."""
-    capsys.readouterr()
-    sys.argv = ["command", *arguments]
-    with pytest.raises(SystemExit) as exit_:
-        cli.run_command(main)
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2, error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
-
-
 def test_a_run_goes_on_from_the_last_whole_checkpoint_and_comes_to_the_same(run, trained, capsys):
     """Steps 5 to 8 come again, with the same losses: what is restored is step 4, and nothing of the damaged one."""
     damage(run, 8)
@@ -92,20 +78,20 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_comes_to_the_same(run,
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"4", "8", "8.damaged"}
 
 
-def test_when_all_are_damaged_nothing_is_changed(run, capsys):
+def test_when_all_are_damaged_nothing_is_changed(run, refusal):
     for step in (4, 8):
         damage(run, step)
     (run / "summary.json").unlink()
     before = contents(run)
-    line = refusal(capsys, train.main, str(run))
+    line = refusal(train.main, str(run))
     assert "all are damaged: 8 (state/" in line
     assert ", 4 (state/" in line
     assert contents(run) == before
-    assert "all are damaged" in refusal(capsys, sample.main, str(run))
+    assert "all are damaged" in refusal(sample.main, str(run))
     assert contents(run) == before
 
 
-def test_sampling_falls_back_in_one_line_and_touches_nothing(run, capsys):
+def test_sampling_falls_back_in_one_line_and_touches_nothing(run, capsys, refusal):
     damage(run, 8)
     before = contents(run)
     assert sample.main([str(run), "--prompt", "the ", "--max-tokens", "2"]) == 0
@@ -114,7 +100,7 @@ def test_sampling_falls_back_in_one_line_and_touches_nothing(run, capsys):
     assert printed.err.endswith("; using 4\n")
     assert printed.err.count("\n") == 1
     assert "damaged" not in printed.out
-    line = refusal(capsys, sample.main, str(run), "--step", "8")
+    line = refusal(sample.main, str(run), "--step", "8")
     assert line.endswith("those that are not: 4\n")
     assert contents(run) == before
 

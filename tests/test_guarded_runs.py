@@ -9,8 +9,10 @@ import pytest
 import train
 from benchmarks.injection import flipped_bit, scaled_rows
 from gptjax import cli
+from gptjax.stages import resume
 from gptjax.training import checkpoint
 from gptjax.training.metrics import read_metrics
+from gptjax.training.run_dir import write_json
 
 
 def test_divergence_ends_honestly(inside, capsys):
@@ -109,6 +111,8 @@ def test_a_rollback_outlives_its_process(inside):
     same = ("step", "loss", "val_loss", "left_out")
     found = read_metrics(directory / "metrics.jsonl")
     assert [[r.get(name) for name in same] for r in found] == [[r.get(name) for name in same] for r in expected]
+    # So does the try: until a step beyond it has been saved, it counts against those that are left.
+    assert [resume.tried_rollbacks(directory, step) for step in (4, 8)] == [[4], []]
 
 
 def test_a_rollback_keeps_what_it_no_longer_uses(inside, capsys):
@@ -166,3 +170,11 @@ def test_accepted_changes(inside, capsys):
     assert train.main([*other, "--accept-changes", "data.path"]) == 0
     assert (inside / "runs" / "accepting" / "tokenizer.json").read_bytes() == tokenizer
     assert "steps 8 to 12" in capsys.readouterr().out
+
+
+def test_the_seconds_of_a_last_save_are_not_forgotten(tmp_path):
+    """A checkpoint says what was spent before its own save, the summary of the process that stopped there all."""
+    said = {"step": 5.0, "checkpoint": 1.0}
+    write_json(tmp_path / "summary.json", {"stopped": "preempted", "step": 4, "seconds": said | {"checkpoint": 3.0}})
+    assert resume.count_lost(tmp_path, 4, said) == {"step": 5.0, "checkpoint": 3.0}
+    assert resume.count_lost(tmp_path, 3, said) == said  # another step's: what it has spent is told by the metrics

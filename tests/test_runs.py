@@ -190,23 +190,10 @@ def test_more_steps_and_scanned_layers_continue_a_run(in_process, inside, capsys
         (["--optimizer.kind", "muon"], "optimizer.kind adamw → muon"),
     ],
 )
-def test_another_configuration_is_refused_with_its_fields(uninterrupted, inside, override, field, capsys):
+def test_another_configuration_is_refused_with_its_fields(uninterrupted, inside, override, field, refusal):
     before = (uninterrupted / "config.json").read_bytes()
-    assert refusal(["tiny.py", "--run-dir", "runs/uninterrupted", *override], capsys).count(field) == 1
+    assert refusal(train.main, "tiny.py", "--run-dir", "runs/uninterrupted", *override).count(field) == 1
     assert (uninterrupted / "config.json").read_bytes() == before
-
-
-def refusal(arguments: list[str], capsys, main=train.main) -> str:
-    """The one line on stderr of a command that the user has to mend; no traceback, exit status 2."""
-    capsys.readouterr()
-    sys.argv = ["command", *arguments]
-    with pytest.raises(SystemExit) as exit_:
-        cli.run_command(main)
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2, error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1, error
-    return error
 
 
 @pytest.mark.parametrize(
@@ -233,13 +220,13 @@ def refusal(arguments: list[str], capsys, main=train.main) -> str:
         (["configs/quickstart.py", "--data.path", "x"], ["no configuration file configs/quickstart.py"]),
     ],
 )
-def test_bad_input_is_one_line(inside, arguments, expected, capsys):
+def test_bad_input_is_one_line(inside, arguments, expected, refusal):
     (inside / "empty").mkdir(exist_ok=True)
     (inside / "broken.jsonl").write_text('{"text": "good"}\n{"text": \n', encoding="utf-8")
     (inside / "other.jsonl").write_text('{"body": "good"}\n', encoding="utf-8")
     (inside / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
     (inside / "short.txt").write_text("too short", encoding="utf-8")
-    error = refusal([*arguments, *(["--run-dir", "runs/refused"] if "--run-dir" not in arguments else [])], capsys)
+    error = refusal(train.main, *arguments, *(["--run-dir", "runs/refused"] if "--run-dir" not in arguments else []))
     assert all(part in error for part in expected), error
     assert not (inside / "runs" / "refused").exists()
 
@@ -256,10 +243,10 @@ def test_a_run_trained_in_eight_bits_is_used_without(uninterrupted, tmp_path):
     assert loaded.config.model == loaded.model.config
 
 
-def test_a_missing_logger_is_told_before_there_is_a_run(inside, capsys, monkeypatch):
+def test_a_missing_logger_is_told_before_there_is_a_run(inside, refusal, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     arguments = ["tiny.py", "--training.log-to", "wandb", "--run-dir", "runs/unlogged"]
-    assert 'pip install "gptjax[wandb]"' in refusal(arguments, capsys)
+    assert 'pip install "gptjax[wandb]"' in refusal(train.main, *arguments)
     assert not (inside / "runs" / "unlogged").exists()
 
 
@@ -272,13 +259,13 @@ def test_the_quickstart_trains_on_the_standard_library(inside, capsys):
     assert "python sample.py runs/quickstart --prompt 'def __init__(self'" in output
 
 
-def test_changed_text_is_refused_on_resume(workplace, inside, capsys):
+def test_changed_text_is_refused_on_resume(workplace, inside, refusal):
     """A run must not go on over other tokens as if nothing had happened."""
     (inside / "words.txt").write_text("some words that will change, " * 100, encoding="utf-8")
     options = ["--data.path", "words.txt", "--tokenizer.kind", "byte", "--run-dir", "runs/changed"]
     assert train.main(["tiny.py", *options, "--training.steps", "2"]) == 0
     (inside / "words.txt").write_text("other words that have changed, " * 100, encoding="utf-8")
-    assert "changed" in refusal(["runs/changed", "--training.steps", "4"], capsys)
+    assert "changed" in refusal(train.main, "runs/changed", "--training.steps", "4")
 
 
 def test_sampling_a_run(uninterrupted, inside, capsys, tmp_path):
@@ -307,8 +294,8 @@ def test_sampling_a_run(uninterrupted, inside, capsys, tmp_path):
         (["runs/uninterrupted", "--temperature", "-1"], ["temperature"]),
     ],
 )
-def test_bad_sampling_is_one_line(uninterrupted, inside, arguments, expected, capsys):
-    error = refusal(arguments, capsys, main=sample.main)
+def test_bad_sampling_is_one_line(uninterrupted, inside, arguments, expected, refusal):
+    error = refusal(sample.main, *arguments)
     assert all(part in error for part in expected), error
 
 

@@ -29,7 +29,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     size = shape[0] * shape[1] * shape[2] * shape[3]
     if size != len(devices):
         named = " × ".join(f"{axis} {length}" for axis, length in zip(AXES, shape, strict=True))
-        raise UserError(f"mesh {named} = {size} devices, but there are {len(devices)}")
+        are = "are" if len(devices) > 1 else "is"
+        raise UserError(f"mesh {named} = {size} devices, but there {are} {len(devices)}")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
 
 

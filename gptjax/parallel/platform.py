@@ -7,6 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
+import absl.logging
+
 DETERMINISTIC_GPU_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 """Autotuning is off, too: it may choose another algorithm, with other rounding, in every process."""
 
@@ -28,7 +30,8 @@ def configure(*, deterministic: bool = False) -> None:
 def _quiet_storage() -> None:
     """Let the one line stand alone that says why a checkpoint could not be saved.
 
-    Writes that were under way then find their event loop closed, and print a traceback each.
+    What Orbax logs as an error it raises as well, with pages of tracebacks; and writes that were under way then find
+    their event loop closed, and print one each.
     """
     if sys.unraisablehook is not sys.__unraisablehook__:  # done already, or somebody else's
         return
@@ -38,6 +41,10 @@ def _quiet_storage() -> None:
             sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = hook
+    # Not by its name: a logger that is there before absl is would not know from where it is called.
+    absl.logging.get_absl_logger().addFilter(
+        lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname
+    )
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
 
 

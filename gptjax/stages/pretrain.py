@@ -130,7 +130,7 @@ def _pretrain(
                 # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
                 run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
                 run_dir.save_config(directory, config, run_dir.environment())
-                seconds_before = resume.count_lost(directory, seconds_before)
+                seconds_before = resume.count_lost(directory, progress.step, seconds_before)
                 resume.cut_back(directory, progress.step)
                 loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
         console.message(messages.description(config, sources, held_out, progress))
@@ -146,7 +146,9 @@ def _pretrain(
             resume.make_up_evaluation(config, directory, state, progress, calls)
         train_step, share = _compile_step(config, model, optimizer, data.tokenizer), callbacks.share(config)
         profiler = _profiler(config, directory, console)
-        rollbacks = Rollbacks(config, directory, manager, ledger)
+        # What was changed by hand deserves as many tries as a new run.
+        tried = [] if accept_changes else resume.tried_rollbacks(directory, progress.step)
+        rollbacks = Rollbacks(config, directory, manager, ledger, loggers, tried)
         stopped = None
         while stopped is None:
             weights, seed = config.data.weights, config.training.seed

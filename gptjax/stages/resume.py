@@ -1,6 +1,7 @@
 """How a run goes on: what may differ from before, where it stood, and what its logs say of steps to come again."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -22,6 +23,7 @@ from gptjax.training.loop import Callbacks, is_due
 from gptjax.training.metrics import METRICS_FILE, Console, read_metrics
 from gptjax.training.schedule import Progress
 from gptjax.training.state import TrainState, abstract_state, init_state
+from gptjax.training.summary import read_summary
 
 
 def merge_with_saved(config: Config, directory: Path, accepted: Collection[str], console: Console) -> Config:
@@ -105,8 +107,22 @@ def _left_out(directory: Path, progress: Progress) -> int:
     return int(distributed.gather_text(str(max([progress.left_out, *told])))[0])
 
 
-def count_lost(directory: Path, seconds: dict[str, float]) -> dict[str, float]:
-    """The seconds of a run so far, with those that an earlier process reported after the checkpoint as lost."""
+def tried_rollbacks(directory: Path, step: int) -> list[int]:
+    """The steps that the run went back to and has not come beyond: its newest checkpoint is of this step."""
+    path = directory / METRICS_FILE
+    records = read_metrics(path) if distributed.is_first() and path.exists() else []
+    tried = [record["step"] for record in records if "rolled_back_from" in record and record["step"] >= step]
+    return json.loads(distributed.gather_text(json.dumps(tried))[0])
+
+
+def count_lost(directory: Path, step: int, seconds: dict[str, float]) -> dict[str, float]:
+    """The seconds of a run so far, with those that an earlier process reported after the checkpoint as lost.
+
+    A checkpoint cannot know how long its own save took. A process that stopped at this step has written that down.
+    """
+    summary = read_summary(directory)
+    if summary and summary["step"] == step and sum(summary.get("seconds", {}).values()) > sum(seconds.values()):
+        seconds = summary["seconds"]
     if not (directory / METRICS_FILE).exists():
         return seconds
     told = [record["seconds"] for record in read_metrics(directory / METRICS_FILE) if "seconds" in record]

@@ -1,6 +1,6 @@
 """What a diverged run does before it gives up: back to a checkpoint, and on without the data it diverged on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import orbax.checkpoint as ocp
@@ -11,22 +11,35 @@ from gptjax.parallel import distributed
 from gptjax.stages import resume
 from gptjax.training import checkpoint, recovery, run_dir
 from gptjax.training.ledger import Ledger
+from gptjax.training.loggers import Logger
 from gptjax.training.metrics import METRICS_FILE, MetricsLog
 from gptjax.training.schedule import Progress
 from gptjax.training.state import TrainState
 
 
 class Rollbacks:
-    """The rollbacks of a run, at most so many.
+    """The rollbacks of a process, at most so many, with those before it that no checkpoint has come beyond.
 
     Large runs are brought over a loss spike in just this way (PaLM, Chowdhery et al. 2022): the same batches at other
     parameters do no harm, and neither do these parameters on other batches.
     """
 
-    def __init__(self, config: Config, directory: Path, manager: ocp.CheckpointManager, ledger: Ledger):
-        self._left, self._verify = config.guard.max_rollbacks, config.checkpoint.verify
-        self._directory, self._manager, self._ledger = directory, manager, ledger
-        self._used: list[int] = []
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        manager: ocp.CheckpointManager,
+        ledger: Ledger,
+        loggers: Sequence[Logger],
+        tried: Sequence[int],
+    ):
+        """
+        Args:
+            tried: the steps that earlier processes went back to in vain, as `resume.tried_rollbacks` has them.
+        """
+        self._left, self._verify = max(0, config.guard.max_rollbacks - len(tried)), config.checkpoint.verify
+        self._directory, self._manager, self._ledger, self._loggers = directory, manager, ledger, loggers
+        self._used = [*tried]
 
     def roll_back(
         self, diverged: Progress, abstract_state: TrainState, say: Callable[[str], None]
@@ -64,6 +77,8 @@ class Rollbacks:
             if distributed.is_first():
                 self._tidy(choice, say)
                 resume.cut_back(self._directory, saved.step)
+                for logger in self._loggers:
+                    logger.go_back(saved.step)
                 event = {"rolled_back_from": diverged.step, "left_out_sequences": newly, "left_out": progress.left_out}
                 MetricsLog(self._directory / METRICS_FILE).write({"step": saved.step, "tokens": saved.tokens} | event)
         self._manager.reload()

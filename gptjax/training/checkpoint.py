@@ -18,12 +18,14 @@ from gptjax.config import CheckpointConfig
 from gptjax.errors import UserError
 from gptjax.parallel import distributed
 from gptjax.training.manager import (
+    REMOVED,
     NewestAndBest,
     all_steps,
     clear_failure,
     listed,
     one_line,
     open_manager,
+    remove_removed,
     remove_unfinished,
     validation_loss,
     write_manifests,
@@ -44,12 +46,14 @@ def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> 
     """
     options = ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
+        todelete_subdir=REMOVED,
         preservation_policy=NewestAndBest(config.keep_newest, config.keep_best),
         best_fn=validation_loss,  # without it Orbax writes no metrics
         # Called behind the training, by the first process, when all is written and just before the step gets its
         # name: a step that is there has its checksums.
         async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: write_manifests(directory)),
     )
+    remove_removed(directory)
     manager = open_manager(directory, options)
     try:
         yield manager

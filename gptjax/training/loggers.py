@@ -27,6 +27,8 @@ class Logger(NamedTuple):
     log: Callable[[Mapping[str, Any]], None]
     """Takes a record of `metrics.jsonl`."""
     close: Callable[[], None]
+    go_back: Callable[[int], None] = lambda step: None
+    """Forgets what was logged of steps after this one, which come again; W&B and trackio cannot."""
 
 
 @contextlib.contextmanager
@@ -84,14 +86,24 @@ def _package(kind: str) -> ModuleType:
 
 
 def _open_tensorboard(module: ModuleType, directory: Path, step: int) -> Logger:
-    writer = module.SummaryWriter(str(directory / TENSORBOARD_DIR), purge_step=step + 1)
+    def open_writer(step: int) -> Any:
+        # Files are named after the second: another one of the same second would take this one's place.
+        suffix = f".{uuid.uuid4().hex[:8]}"
+        return module.SummaryWriter(str(directory / TENSORBOARD_DIR), purge_step=step + 1, filename_suffix=suffix)
+
+    writer = open_writer(step)
+
+    def go_back(step: int) -> None:
+        nonlocal writer
+        writer.close()
+        writer = open_writer(step)
 
     def log(record: Mapping[str, Any]) -> None:
         for name, value in _numbers(record).items():
             writer.add_scalar(name, value, record["step"])
         writer.flush()
 
-    return Logger(log, writer.close)
+    return Logger(log, lambda: writer.close(), go_back)
 
 
 def _open_tracker(module: ModuleType, directory: Path, config: Config) -> Logger:
@@ -125,4 +137,8 @@ def _forgiving(kind: str, logger: Logger, warn: Callable[[str], None]) -> Logger
             reason = " ".join(str(error).split()) or type(error).__name__
             warn(f"{kind} is left out from here on: {reason}")
 
-    return Logger(lambda record: attempt(logger.log, record), lambda: attempt(logger.close))
+    return Logger(
+        lambda record: attempt(logger.log, record),
+        lambda: attempt(logger.close),
+        lambda step: attempt(logger.go_back, step),
+    )

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 import math
 import os
 import shutil
@@ -17,12 +16,10 @@ from gptjax.errors import UserError
 from gptjax.parallel import distributed
 from gptjax.training.integrity import write_manifest
 
-# What Orbax logs as an error it raises as well, and pages of tracebacks would drown the one line that says so.
-logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
-
-
 ITEMS = ("state", "metadata")
 """What each step's folder holds: the arrays, and a JSON of everything else."""
+REMOVED = "removed"
+"""Where a step goes that is to be removed, in one rename: it is gone at once, however long removing its files takes."""
 
 
 def open_manager(
@@ -109,6 +106,27 @@ class NewestAndBest:
         return [info.step in keep for info in checkpoints]
 
 
+@dataclass(frozen=True)
+class _RenamingDeleter:
+    """Orbax's, which renames a step to `removed/STEP`, and then removes that.
+
+    A kill in between leaves nothing half removed under a step's number.
+    """
+
+    deleter: Any
+    directory: Path
+
+    def delete(self, step: int) -> None:
+        self.delete_steps([step])
+
+    def delete_steps(self, steps: Sequence[int]) -> None:
+        self.deleter.delete_steps(steps)
+        remove_removed(self.directory)
+
+    def close(self) -> None:
+        self.deleter.close()
+
+
 class Manager(ocp.CheckpointManager):
     """Orbax's, with failures in one line, and without its questions to JAX's preemption service.
 
@@ -119,6 +137,10 @@ class Manager(ocp.CheckpointManager):
 
     failures: Sequence[Exception] = ()
     """What this process could not write; the others may not know of it yet."""
+
+    def __init__(self, directory: Path, **arguments: Any):
+        super().__init__(directory, **arguments)
+        self._checkpoint_deleter = _RenamingDeleter(self._checkpoint_deleter, directory)
 
     def reached_preemption(self, step: int) -> bool:
         del step
@@ -185,6 +207,12 @@ def remove_unfinished(directory: str | os.PathLike) -> None:
     if distributed.is_first():
         for folder in _unfinished(directory):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_removed(directory: str | os.PathLike) -> None:
+    """Remove the files of removed steps, those included that a killed run left."""
+    if distributed.is_first():
+        shutil.rmtree(Path(directory) / REMOVED, ignore_errors=True)
 
 
 def listed(steps: Iterable[int]) -> str:

@@ -19,7 +19,8 @@ def run_twice(train_step: TrainStep, state: TrainState, *arguments: Any) -> tupl
     other, _ = train_step(_copy(state), *arguments)
     state, metrics = train_step(state, *arguments)
     same = jax.device_get(_identical(state, other))
-    differing = [jax.tree_util.keystr(path, simple=True, separator=".") for path, equal in _leaves(same) if not equal]
+    leaves = jax.tree_util.tree_flatten_with_path(same)[0]
+    differing = [jax.tree_util.keystr(path, simple=True, separator=".") for path, equal in leaves if not equal]
     return state, metrics, differing
 
 
@@ -36,7 +37,3 @@ def _identical(one: TrainState, other: TrainState) -> Any:
         return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
     return jax.tree.map(lambda x, y: (bits(x) == bits(y)).all(), one, other)
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -99,6 +99,21 @@ with d.fail_fast():
 """
 
 
+PART_ALONE = """
+import threading
+import jax
+
+jax.distributed.initialize(coordinator, num_processes, number)
+d.PARTING_SECONDS = 0.1
+try:
+    with d.fail_fast():
+        raise UserError("nobody else has this error")
+except UserError:
+    print("passed on", flush=True)
+threading.Event().wait()  # for others that do not leave, as JAX does at exit
+"""
+
+
 def run_all(code: str, folder: Path, num_devices: list[int]) -> list[subprocess.CompletedProcess]:
     """As many processes as there are numbers of devices, each running this code after `START`, to their end."""
     with socket.create_server(("", 0)) as server:
@@ -204,6 +219,12 @@ def test_a_failure_of_one_alone_ends_both(tmp_path):
     assert second.returncode == 1
     assert second.stderr.endswith("RuntimeError: I fail alone\n")
     assert first.returncode != 0
+
+
+def test_an_error_of_one_alone_waits_for_the_others_only_so_long(tmp_path):
+    """Where the others do not leave, the process ends as it would have with them; nothing else would end this one."""
+    (ended,) = run_all(PART_ALONE, tmp_path, [1])
+    assert (ended.returncode, ended.stdout) == (2, "passed on\n"), ended.stderr
 
 
 def test_one_process_needs_nobody(tmp_path):

@@ -1,5 +1,6 @@
 import math
 import resource
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from gptjax.training.checkpoint import (
     steps_by_age,
     steps_by_loss,
 )
+from gptjax.training.integrity import check_manifest
 
 
 class State(NamedTuple):
@@ -218,6 +220,23 @@ def test_temporary_folders_of_a_killed_run_go_when_writing_and_stay_when_reading
     write(tmp_path, {3: None})
     assert all_steps(tmp_path) == [1, 3]
     assert not leftover.exists()
+
+
+def test_a_step_that_is_removed_is_gone_before_its_first_file(tmp_path, monkeypatch):
+    """Killed while it removes, a run leaves a whole step, under a name that is no step's; the next start removes it."""
+    removing = []
+
+    def killed(folder: Path, **_: Any) -> None:
+        if folder.exists():
+            removing.append((all_steps(tmp_path), [check_manifest(step).status for step in folder.iterdir()]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        write(tmp_path, {1: None, 2: None}, newest=1)
+    assert removing[0] == ([2], ["verified"])
+    assert (tmp_path / "removed" / "1").is_dir()
+    write(tmp_path, {3: None}, newest=1)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["3"]
 
 
 def test_a_failed_save_is_raised_by_the_next_and_leaves_the_older_steps(tmp_path):

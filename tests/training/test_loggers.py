@@ -62,6 +62,18 @@ def test_tensorboard_forgets_what_a_continued_run_does_again(tmp_path):
     assert starts[-1] == 11
 
 
+def test_tensorboard_forgets_what_a_rollback_undid(tmp_path):
+    """The same while it is open: steps up to 10 stay, 20 is told to be dropped and comes again."""
+    with open_loggers(tmp_path, config("tensorboard"), 0, pytest.fail) as loggers:
+        for action in (lambda log: log.log(RECORDS[0]), lambda log: log.log(RECORDS[1]), lambda log: log.go_back(10)):
+            action(loggers[0])
+        loggers[0].log(RECORDS[1] | {"loss": 3.0})
+    events = tensorboard_events(tmp_path / "tensorboard")
+    assert [e.step for e in events if e.session_log.status == 1] == [1, 11]
+    losses = [(e.step, value.simple_value) for e in events for value in e.summary.value if value.tag == "loss"]
+    assert losses == [(10, 3.5), (20, 3.25), (20, 3.0)]
+
+
 @pytest.fixture(params=["wandb", "trackio"])
 def tracker(request, monkeypatch):
     """A stand-in for the package, which notes its calls."""
