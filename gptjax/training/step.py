@@ -68,6 +68,10 @@ def make_train_step(
         counts, guard = judge(state.guard, loss, grad_norm, spike_sigmas)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: jnp.where(counts, p - learning_rate * u, p), state.params, updates)
+        if jax.default_backend() == "cpu":
+            # XLA computes the moments once for the parameters and once for themselves. Told that the latter comes
+            # last it overwrites them in place; else it copies all of them first.
+            params, counts = jax.lax.optimization_barrier((params, counts))
         optimizer_state = jax.tree.map(lambda new, old: jnp.where(counts, new, old), optimizer_state, state.optimizer)
         metrics = {
             "loss": loss,
