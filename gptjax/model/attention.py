@@ -109,15 +109,6 @@ def attention(
 
 
 def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS, *, window, cap, scale):
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
-    # The queries of a group are laid side by side: a gradient that contracts (G, T) at once is slow on CPU.
-    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    einsum = functools.partial(jnp.einsum, precision=precision(q_BTNH))
-    logits = einsum("bkxh,bksh->bkxs", q_BKXH * scale, k_BKSH, preferred_element_type=jnp.float32)
-    logits = softcap(logits, cap).reshape(B, K, G, T, S)
     ahead_BTS = q_positions[:, :, None] - kv_positions[:, None, :]
     seen_BTS = ahead_BTS >= 0
     if window is not None:
@@ -125,12 +116,73 @@ def _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, 
     if segments is not None:
         q_segments_BT, kv_segments_BS = segments
         seen_BTS &= q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
-    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], logits, -jnp.inf), axis=-1)
-    if keep_BNTS is not None:
-        weights = weights * keep_BNTS.reshape(B, K, G, T, S)
-    weights_BKXS = weights.reshape(B, K, G * T, S).astype(q_BTNH.dtype)
-    out_BKXH = einsum("bkxs,bksh->bkxh", weights_BKXS, v_BKSH)
-    return out_BKXH.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
+    return _masked_attention(cap, scale, q_BTNH, k_BSKH, v_BSKH, seen_BTS, keep_BNTS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _masked_attention(cap, scale, q_BTNH, k_BSKH, v_BSKH, seen_BTS, keep_BNTS):
+    return _masked_forward(cap, scale, q_BTNH, k_BSKH, v_BSKH, seen_BTS, keep_BNTS)[0]
+
+
+def _masked_forward(cap, scale, q_BTNH, k_BSKH, v_BSKH, seen_BTS, keep_BNTS):
+    q_BKXH, k_BKSH, v_BKSH = _by_head(q_BTNH, k_BSKH.shape[2]) * scale, _by_head(k_BSKH), _by_head(v_BSKH)
+    logits = _einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH)
+    B, K, X, S = logits.shape
+    T = q_BTNH.shape[1]
+    capped = softcap(logits, cap).reshape(B, K, X // T, T, S)
+    masked = jnp.where(seen_BTS[:, None, None], capped, -jnp.inf)
+    weights = jnp.exp(masked - masked.max(axis=-1, keepdims=True))
+    sum_BKX1 = weights.sum(axis=-1).reshape(B, K, X, 1)
+    weights = weights.astype(q_BTNH.dtype)
+    kept = weights if keep_BNTS is None else weights * keep_BNTS.reshape(weights.shape)
+    out_BKXH = _einsum("bkxs,bksh->bkxh", kept.reshape(B, K, X, S), v_BKSH) / sum_BKX1
+    out_BKXH = out_BKXH.astype(q_BTNH.dtype)
+    kept_logits = logits if cap else None
+    residuals = q_BKXH, k_BKSH, v_BKSH, weights, sum_BKX1, out_BKXH, keep_BNTS, kept_logits
+    return _by_token(out_BKXH, T), residuals
+
+
+def _masked_backward(cap, scale, residuals, d_out_BTNH):
+    q_BKXH, k_BKSH, v_BKSH, weights, sum_BKX1, out_BKXH, keep_BNTS, logits = residuals
+    B, K, G, T, S = weights.shape
+    d_out_BKXH = _by_head(d_out_BTNH, K).astype(jnp.float32) / sum_BKX1
+    delta_BKX1 = (d_out_BKXH * out_BKXH.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    d_out_BKXH = d_out_BKXH.astype(q_BKXH.dtype)
+    weights = weights.reshape(B, K, G * T, S)
+    keep = None if keep_BNTS is None else keep_BNTS.reshape(weights.shape)
+    d_weights = _einsum("bkxh,bksh->bkxs", d_out_BKXH, v_BKSH)
+    if keep is not None:
+        d_weights = d_weights * keep
+    d_logits = weights.astype(jnp.float32) * (d_weights - delta_BKX1)
+    if cap:
+        d_logits = d_logits * (1 - jnp.square(jnp.tanh(logits / cap)))
+    d_logits = d_logits.astype(q_BKXH.dtype)
+    kept = weights if keep is None else weights * keep
+    dtype = q_BKXH.dtype
+    dq_BKXH = (_einsum("bkxs,bksh->bkxh", d_logits, k_BKSH) * scale).astype(dtype)
+    dk_BKSH = _einsum("bkxs,bkxh->bksh", d_logits, q_BKXH).astype(dtype)
+    dv_BKSH = _einsum("bkxs,bkxh->bksh", kept, d_out_BKXH).astype(dtype)
+    return _by_token(dq_BKXH, T), _by_token(dk_BKSH, S), _by_token(dv_BKSH, S), None, None
+
+
+_masked_attention.defvjp(_masked_forward, _masked_backward)
+
+
+def _einsum(formula, x, y):
+    return jnp.einsum(formula, x, y, precision=precision(x), preferred_element_type=jnp.float32)
+
+
+def _by_head(x_BTNH, K=None):
+    """(B, K, G · T, H): the queries of a group side by side; a gradient that contracts (G, T) at once is slow on CPU."""
+    B, T, N, H = x_BTNH.shape
+    K = K or N
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+
+
+def _by_token(x_BKXH, T):
+    """(B, T, N, H): `_by_head` undone."""
+    B, K, X, H = x_BKXH.shape
+    return x_BKXH.reshape(B, K, X // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * (X // T), H)
 
 
 class Attention(nn.Module):
