@@ -7,27 +7,22 @@ Shape suffixes: B batch, T query tokens, S key/value tokens, N query heads, K ke
 key/value head, H head dimension, X queries for all G heads, side by side.
 """
 
-import functools
 import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.blockwise import blockwise_attention
-from gptjax.model.layers import precision, softcap
+from gptjax.model.xla_attention import xla_attention
 from gptjax.parallel.precision import compute_dtype
 
 BLOCKWISE_FROM = {"cpu": 2**18, "gpu": 2**24, "tpu": 2**24}
 """Logits of a head on one device from which they are not held all at once, where no kernel of the device's own runs.
 On a CPU that is faster from 512 × 512 on (benchmarks/attention_speed.py); elsewhere, not measured, it saves memory."""
-
-Segments = tuple[jax.Array, jax.Array] | None
-"""(B, T) and (B, S), document of each query and of each key; None: one document a row."""
 
 
 class Machine(NamedTuple):
@@ -185,44 +180,6 @@ def _why_not_fused(call: Call, softcap: bool = False) -> str | None:
     if call.softcap and not softcap:
         return f"has no softcap, and model.attention_softcap is {call.softcap:g}"
     return None
-
-
-def xla_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    segments: Segments,
-    keep_BNTS: jax.Array | None,
-    *,
-    window: int | None,
-    cap: float,
-    scale: float,
-) -> jax.Array:
-    """All logits at once, as the formula reads, for the compiler to make the best of."""
-    B, T, N, H = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
-    G = N // K
-    # The queries of a group are laid side by side: a gradient that contracts (G, T) at once is slow on CPU.
-    q_BKXH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    einsum = functools.partial(jnp.einsum, precision=precision(q_BTNH))
-    logits = einsum("bkxh,bksh->bkxs", q_BKXH * scale, k_BKSH, preferred_element_type=jnp.float32)
-    logits = softcap(logits, cap).reshape(B, K, G, T, S)
-    ahead_BTS = q_positions[:, :, None] - kv_positions[:, None, :]
-    seen_BTS = ahead_BTS >= 0
-    if window is not None:
-        seen_BTS &= ahead_BTS < window
-    if segments is not None:
-        q_segments_BT, kv_segments_BS = segments
-        seen_BTS &= q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
-    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], logits, -jnp.inf), axis=-1)
-    if keep_BNTS is not None:
-        weights = weights * keep_BNTS.reshape(B, K, G, T, S)
-    weights_BKXS = weights.reshape(B, K, G * T, S).astype(q_BTNH.dtype)
-    out_BKXH = einsum("bkxs,bksh->bkxh", weights_BKXS, v_BKSH)
-    return out_BKXH.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4).reshape(B, T, N, -1)
 
 
 def _blockwise_attention(q, k, v, q_positions, kv_positions, segments, keep_BNTS, *, window, cap, scale):

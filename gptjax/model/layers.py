@@ -138,14 +138,53 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", constant(1.0, self.axis), (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - y.mean(axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
-        y = y * sharding.gather(scale, self.axis).reshape((1,) * (x.ndim - 1) + scale.shape)
+        bias = None
         if self.kind == "layernorm" and self.bias:
-            y = add_bias(y, sharding.gather(self.param("b", constant(0.0, self.axis), scale.shape), self.axis))
-        return y.astype(x.dtype)
+            bias = sharding.gather(self.param("b", constant(0.0, self.axis), scale.shape), self.axis)
+        return normalize(x, sharding.gather(scale, self.axis), bias, self.kind == "layernorm", self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array | None, center: bool, epsilon: float) -> jax.Array:
+    """`(x - mean) / deviation · scale + bias` over the last dimension, or without the mean, in float32.
+
+    The backward pass starts from x and two numbers a row; derived by JAX it would keep whole arrays in float32.
+    """
+    return _normalize_forward(x, scale, bias, center, epsilon)[0]
+
+
+def _normalize_forward(x, scale, bias, center, epsilon):
+    mean = x.astype(jnp.float32).mean(axis=-1, keepdims=True) if center else None
+    centered = _centered(x, mean)
+    inverse = jax.lax.rsqrt(jnp.square(centered).mean(axis=-1, keepdims=True) + epsilon)
+    y = centered * inverse * _as_row(scale, x.ndim)
+    if bias is not None:
+        y = y + _as_row(bias, x.ndim)
+    return y.astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _normalize_backward(center, epsilon, residuals, dy):
+    x, mean, inverse, scale, bias = residuals
+    dy = dy.astype(jnp.float32)
+    normal = _centered(x, mean) * inverse
+    d_normal = dy * _as_row(scale, x.ndim)
+    dx = d_normal - normal * (d_normal * normal).mean(axis=-1, keepdims=True)
+    if center:
+        dx = dx - d_normal.mean(axis=-1, keepdims=True)
+    rows = tuple(range(x.ndim - 1))
+    d_bias = None if bias is None else dy.sum(axis=rows)
+    return (dx * inverse).astype(x.dtype), (dy * normal).sum(axis=rows), d_bias
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _centered(x: jax.Array, mean: jax.Array | None) -> jax.Array:
+    return x.astype(jnp.float32) if mean is None else x.astype(jnp.float32) - mean
+
+
+def _as_row(x_D: jax.Array, ndim: int) -> jax.Array:
+    return x_D.reshape((1,) * (ndim - 1) + x_D.shape)
 
 
 def normal(std: float, *axes: str):
@@ -203,10 +242,15 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """`x Φ(x)` (Hendrycks and Gimpel 2016), by erf: `jax.nn.gelu` takes erfc, which XLA computes in two branches."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "swiglu": jax.nn.silu,
     "geglu": lambda x: jax.nn.gelu(x, approximate=True),
@@ -229,7 +273,8 @@ class FeedForward(nn.Module):
         def project(name: str) -> jax.Array:
             return Linear(self.ffn_dim, ("embed", "ffn"), self.bias, self.init_std, self.fp8, name=name)(x_BTD)
 
-        activation = ACTIVATIONS[self.activation]
+        # The backward pass starts from the input alone: JAX would keep several arrays of this, the largest, size.
+        activation = jax.checkpoint(ACTIVATIONS[self.activation])
         x_BTD = sharding.fan_out(x_BTD, "ffn")
         h_BTF = activation(project("gate")) * project("up") if self.gated else activation(project("up"))
         down = Linear(x_BTD.shape[-1], ("ffn", "embed"), self.bias, self.residual_std, self.fp8, name="down")
