@@ -1,5 +1,6 @@
 """Settings of JAX's backends, which must be made before the first array. Only entry points call these."""
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -12,6 +13,8 @@ import absl.logging
 DETERMINISTIC_GPU_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 """Autotuning is off, too: it may choose another algorithm, with other rounding, in every process."""
 
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
+
 
 def configure(*, deterministic: bool = False) -> None:
     """Quiet XLA, keep compiled programs between processes, and ask for reproducible kernels if wanted.
@@ -23,8 +26,24 @@ def configure(*, deterministic: bool = False) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_dir()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     _quiet_storage()
+    _keep_freed_memory()
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_GPU_FLAGS}".strip()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed, as it does small ones.
+
+    XLA's CPU backend allocates a program's memory anew for each step; handed back to Linux in between, all of it is
+    cleared and mapped again, page by page, which took a quarter of a small model's step. What a process has once used
+    it keeps to its end.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:  # another libc
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, -1)  # the greatest there is
+    mallopt(_M_TOP_PAD, 64 * 2**20)  # the heap grows in strides
 
 
 def _quiet_storage() -> None:
