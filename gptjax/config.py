@@ -307,6 +307,8 @@ class TrainingConfig:
     """Tokens over which the batch grows."""
     z_loss: float = 0.0
     """Weight of log²Z, which keeps logits near zero (PaLM used 1e-4)."""
+    loss_chunk_tokens: int = 0
+    """Tokens, over all devices, whose logits are held at once and computed again in the backward pass. 0: all."""
     seed: int = 0
     """Seed of initialization, dropout and the order of the data."""
     log_every_steps: int = 10
@@ -343,7 +345,14 @@ class TrainingConfig:
             self,
             0,
             math.inf,
-            *("batch_ramp_tokens", "z_loss", "eval_every_steps", "eval_sequences", "sample_every_steps"),
+            *(
+                "batch_ramp_tokens",
+                "z_loss",
+                "loss_chunk_tokens",
+                "eval_every_steps",
+                "eval_sequences",
+                "sample_every_steps",
+            ),
         )
         require_range("training.", self, 0, MAX_INT, "seed")
         micro = self.resolved_micro_batch_size

@@ -3,7 +3,9 @@
 import os
 import random
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 XLA_FLAGS = (
@@ -84,6 +86,21 @@ def mesh():
     current = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(current):
         yield current
+
+
+@pytest.fixture
+def equations() -> Callable[[Any], Iterator[Any]]:
+    """All equations of a jaxpr, and of those inside it."""
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+    return walk
 
 
 TINY = """

@@ -37,18 +37,22 @@ def _matmul_forward(x_BTD, w_DF, axes, order):
 def _matmul_backward(axes, order, residuals, dy_BTF):
     x_BTD, w_DF = residuals
     (dx_BTD,) = jax.linear_transpose(lambda x_BTD: _product(x_BTD, w_DF, axes, order), x_BTD)(dy_BTF)
+    return dx_BTD, sharding.reshard(weight_gradient(x_BTD, dy_BTF, axes, order), *axes)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def weight_gradient(x_BTD: jax.Array, dy_BTF: jax.Array, axes: tuple[str, str], order: str) -> jax.Array:
+    """That of `matmul`'s weight in float32, summed on each device over its own tokens only."""
     (x, tokens), (dy, _) = _flatten(x_BTD), _flatten(dy_BTF)
-    dw_DF = jnp.einsum(
+    return jnp.einsum(
         f"{tokens}d,{tokens}f->{order}",
         *(x, dy),
         precision=precision(x),
         preferred_element_type=jnp.float32,
         out_sharding=sharding.partial_sums(*axes),
     )
-    return dx_BTD, sharding.reshard(dw_DF, *axes)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _product(x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str) -> jax.Array:

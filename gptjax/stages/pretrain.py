@@ -262,7 +262,7 @@ def _compile_step(
     c, training = config.model, config.training
     drops = c.embedding_dropout or c.attention_dropout or c.residual_dropout
     return make_train_step(
-        language_model_loss(model, training.z_loss, callbacks.separator(config, tokenizer)),
+        language_model_loss(model, training.z_loss, callbacks.separator(config, tokenizer), training.loss_chunk_tokens),
         optimizer,
         dropout_seed=training.seed if drops else None,
         accumulates=training.batch_size > training.resolved_micro_batch_size,
