@@ -82,8 +82,8 @@ class ModelConfig:
 
     scan_layers: bool = False
     """Compile one block and loop over layers (quick to compile) instead of unrolling them (quick to run)."""
-    remat: Literal["none", "full", "save_dots"] = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or all but matrix products."""
+    remat: Literal["none", "full", "save_dots", "save_attention", "offload"] = "none"
+    """Recomputed in the backward pass: nothing, blocks, or all but products or attention; offload keeps on the host."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Type of activations; parameters are always float32. None: float32 on CPU, else bfloat16."""
 

@@ -31,8 +31,8 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, m
         memory: as `resolve_mesh`.
 
     Raises:
-        UserError: the mesh does not divide the devices, heads or batch, or the tokenizer has another
-            vocabulary than the model.
+        UserError: the mesh does not divide the devices, heads or batch, the tokenizer has another vocabulary than the
+            model, or a device cannot do what is asked of it.
     """
     model, training = config.model, config.training
     if model.vocab_size is not None and model.vocab_size != tokenizer.vocab_size:
@@ -58,12 +58,27 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, m
     )
     require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
     mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory)
+    if model.remat == "offload":
+        _require_host_memory(devices[0])
     return dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training)
 
 
 def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
     """bfloat16 where the hardware has it: XLA's CPU backend mostly widens it to float32 and back."""
     return "float32" if platform == "cpu" else "bfloat16"
+
+
+def _require_host_memory(device: Any) -> None:
+    kinds = [] if device.platform == "cpu" else [memory.kind for memory in device.addressable_memories()]
+    if "pinned_host" in kinds:
+        return
+    reason = (
+        "whose memory is the host's" if device.platform == "cpu" else f"which has no pinned_host memory, but {kinds}"
+    )
+    raise UserError(
+        "model.remat offload moves activations from the device to the host, and this is a "
+        f"{device.platform}, {reason}; save_attention keeps as much, on the device"
+    )
 
 
 def memory_bytes(device: Any) -> int | None:

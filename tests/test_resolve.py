@@ -113,6 +113,20 @@ def test_resolve_leaves_nothing_open_and_changes_nothing_twice():
     assert resolve(Config(run_dir="a"), [SimpleNamespace(platform="gpu")], TOKENIZER).model.compute_dtype == "bfloat16"
 
 
+def test_offload_needs_memory_of_the_host():
+    """A CPU has no other, and a device may lack what can be copied from; JAX would silently do nothing on the one."""
+
+    def gpu(*kinds):
+        memories = [SimpleNamespace(kind=kind) for kind in kinds]
+        return [SimpleNamespace(platform="gpu", addressable_memories=lambda: memories)]
+
+    config = Config(model=ModelConfig(remat="offload"), run_dir="a")
+    assert resolve(config, gpu("device", "pinned_host"), TOKENIZER).model.remat == "offload"
+    for devices, word in ((CPUS, "a cpu"), (gpu("device"), "pinned_host")):
+        with pytest.raises(UserError, match=f"offload.*{word}.*save_attention"):
+            resolve(config, devices, TOKENIZER)
+
+
 def test_resolve_refuses_another_vocabulary():
     with pytest.raises(UserError, match=r"299.*300"):
         resolve(Config(model=ModelConfig(vocab_size=299), run_dir="a"), CPUS, TOKENIZER)

@@ -10,11 +10,13 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
 from gptjax.model.blockwise import blockwise_attention
 from gptjax.model.layers import Linear, Norm, precision, rotate, softcap
+from gptjax.model.remat import ATTENTION
 from gptjax.parallel import sharding
 
 BLOCKWISE_FROM = 2**24
@@ -77,7 +79,8 @@ def attention(
 
     def kernel(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS):
         if T * S < BLOCKWISE_FROM or keep_BNTS is not None:
-            return _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS, **settings)
+            out = _xla_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segments, keep_BNTS, **settings)
+            return checkpoint_name(out, ATTENTION)
         segments = segments or (None, None)
         return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, *segments, **settings)
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.model import remat
 from gptjax.model.attention import Attention, LayerCache, Placement, write_slots
 from gptjax.model.cache import Cache
 from gptjax.model.layers import (
@@ -34,21 +36,6 @@ from gptjax.parallel.precision import compute_dtype
 
 Params = Any
 """A plain dictionary of arrays: `embedding`, `positions`, `blocks`, `final_norm`, `head`, as the switches ask."""
-
-
-def _keep_all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: parameters that devices share are gathered again in the backward pass, or each
-    device would hold the whole model. What `fan_out` marks is only another name of its input, and JAX cannot keep it.
-    """
-    marked = any(x.sharding.spec.reduced for x in inputs)
-    return not (marked or primitive.name in ("reshard", "all_gather"))
-
-
-REMAT_POLICIES = {
-    "none": _keep_all_but_gathered,
-    "full": None,
-    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Block(nn.Module):
@@ -237,12 +224,13 @@ def apply_blocks(
 
     def block(window: int | None) -> Callable[..., jax.Array]:
         def apply(x_BTD: jax.Array, params: Params, key: jax.Array | None) -> jax.Array:
+            x_BTD = checkpoint_name(x_BTD, remat.BLOCK_INPUT)
             return Block(config, window, parent=None).apply({"params": params}, x_BTD, place, dropout_key=key)[0]
 
         if config.remat == "none" and sharding.num_shards("embed") == 1:
             return apply
         # Inside a scan nothing can be merged across iterations, so the barrier against it only costs.
-        return jax.checkpoint(apply, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        return jax.checkpoint(apply, policy=remat.POLICIES[config.remat], prevent_cse=not config.scan_layers)
 
     period = len(config.attention_pattern)
     scanned = L // period * period if config.scan_layers else 0
