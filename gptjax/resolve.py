@@ -69,12 +69,13 @@ def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
 
 
 def _require_host_memory(device: Any) -> None:
-    kinds = [] if device.platform == "cpu" else [memory.kind for memory in device.addressable_memories()]
-    if "pinned_host" in kinds:
-        return
-    reason = (
-        "whose memory is the host's" if device.platform == "cpu" else f"which has no pinned_host memory, but {kinds}"
-    )
+    if device.platform == "cpu":
+        reason = "whose memory is the host's"
+    else:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if "pinned_host" in kinds:
+            return
+        reason = f"which has no pinned_host memory, but {', '.join(kinds)}"
     raise UserError(
         "model.remat offload moves activations from the device to the host, and this is a "
         f"{device.platform}, {reason}; save_attention keeps as much, on the device"
