@@ -193,6 +193,15 @@ def test_another_configuration_is_refused_with_its_fields(uninterrupted, inside,
     assert (uninterrupted / "config.json").read_bytes() == before
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_the_data_is_read(inside, monkeypatch, capsys):
+    """Where devices say what they can hold: with the estimate and the largest that fits."""
+    monkeypatch.setattr("gptjax.stages.pretrain.memory_bytes", lambda device: 1_000_000)
+    size = ["--training.batch-size", "800", "--training.micro-batch-size", "800"]
+    line = refusal(["tiny.py", "--data.path", "missing", *size], capsys)
+    assert "800 sequences needs at least" in line
+    assert "the largest training.micro_batch_size that fits is" in line
+
+
 def refusal(arguments: list[str], capsys, main=train.main) -> str:
     """The one line on stderr of a command that the user has to mend; no traceback, exit status 2."""
     capsys.readouterr()

@@ -22,7 +22,7 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.parallel.launch import DistributedConfig
 from gptjax.parallel.mesh import make_mesh
-from gptjax.resolve import memory_bytes, resolve, resolve_mesh
+from gptjax.resolve import memory_bytes, require_fits, resolve, resolve_mesh
 from gptjax.stages import callbacks, messages, resume
 from gptjax.stages.rollback import Rollbacks
 from gptjax.text.tokenizer import Tokenizer
@@ -100,6 +100,7 @@ def train(
             if continued:
                 resume.check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
+            require_fits(config.mesh, config.model, config.training, memory_bytes(jax.local_devices()[0]))
             with jax.set_mesh(make_mesh(config.mesh)):
                 return _pretrain(config, directory, data, console, require_folder, accept_changes, started)
 
@@ -207,6 +208,7 @@ def _with_mesh(config: Config, console: Console) -> Config:
     mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory)
     if len(devices) > 1:
         console.message(f"mesh {messages.axes(mesh)}: {reason}")
+    require_fits(mesh, config.model, config.training, memory)
     if config.guard.rerun_every_steps and devices[0].platform == "gpu" and not config.training.deterministic:
         raise UserError(
             "guard.rerun_every_steps compares bit for bit, which on a GPU needs training.deterministic; "
