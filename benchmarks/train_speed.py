@@ -71,7 +71,7 @@ def warm_up(config: Config, steps: int) -> Warm:
     K, B, T = training.steps_per_dispatch, training.resolved_micro_batch_size, model_config.context_length
     A = training.batch_size // B
     train_step = make_train_step(
-        language_model_loss(model, training.z_loss),
+        language_model_loss(model, training.z_loss, chunk_tokens=training.loss_chunk_tokens),
         optimizer,
         dropout_seed=training.seed if drops else None,
         accumulates=A > 1,

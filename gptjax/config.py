@@ -82,8 +82,8 @@ class ModelConfig:
 
     scan_layers: bool = False
     """Compile one block and loop over layers (quick to compile) instead of unrolling them (quick to run)."""
-    remat: Literal["none", "full", "save_dots"] = "none"
-    """What the backward pass recomputes: nothing, whole blocks, or all but matrix products."""
+    remat: Literal["none", "full", "save_dots", "save_attention", "offload"] = "none"
+    """Recomputed in the backward pass: nothing, blocks, or all but products or attention; offload keeps on the host."""
     attention_kernel: Literal["auto", "xla", "blockwise", "cudnn", "tokamax"] = "auto"
     """What computes attention in training. auto: the fastest that can on this device, as said at the start."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
@@ -318,6 +318,8 @@ class TrainingConfig:
     """Tokens over which the batch grows."""
     z_loss: float = 0.0
     """Weight of log²Z, which keeps logits near zero (PaLM used 1e-4)."""
+    loss_chunk_tokens: int = 0
+    """Tokens, over all devices, whose logits are held at once and computed again in the backward pass. 0: all."""
     seed: int = 0
     """Seed of initialization, dropout and the order of the data."""
     log_every_steps: int = 10
@@ -356,7 +358,14 @@ class TrainingConfig:
             self,
             0,
             math.inf,
-            *("batch_ramp_tokens", "z_loss", "eval_every_steps", "eval_sequences", "sample_every_steps"),
+            *(
+                "batch_ramp_tokens",
+                "z_loss",
+                "loss_chunk_tokens",
+                "eval_every_steps",
+                "eval_sequences",
+                "sample_every_steps",
+            ),
         )
         require_range("training.", self, 0, MAX_INT, "seed")
         micro = self.resolved_micro_batch_size

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 from gptjax.checks import require
 from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from gptjax.errors import UserError
-from gptjax.model.accounting import STATE_BYTES_PER_PARAMETER, parameter_counts
+from gptjax.model.accounting import STATE_BYTES_PER_PARAMETER, Memory, activation_bytes, parameter_counts
 
 STATE_SHARE = 0.5
 """Of a device's memory that parameters, optimizer state and gradients may take; activations need the rest."""
@@ -31,8 +31,8 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, m
         memory: as `resolve_mesh`.
 
     Raises:
-        UserError: the mesh does not divide the devices, heads or batch, or the tokenizer has another
-            vocabulary than the model.
+        UserError: the mesh does not divide the devices, heads or batch, the tokenizer has another vocabulary than the
+            model, or a device cannot do what is asked of it.
     """
     model, training = config.model, config.training
     if model.vocab_size is not None and model.vocab_size != tokenizer.vocab_size:
@@ -58,12 +58,28 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, m
     )
     require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
     mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory)
+    if model.remat == "offload":
+        _require_host_memory(devices[0])
     return dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training)
 
 
 def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:
     """bfloat16 where the hardware has it: XLA's CPU backend mostly widens it to float32 and back."""
     return "float32" if platform == "cpu" else "bfloat16"
+
+
+def _require_host_memory(device: Any) -> None:
+    if device.platform == "cpu":
+        reason = "whose memory is the host's"
+    else:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if "pinned_host" in kinds:
+            return
+        reason = f"which has no pinned_host memory, but {', '.join(kinds)}"
+    raise UserError(
+        "model.remat offload moves activations from the device to the host, and this is a "
+        f"{device.platform}, {reason}; save_attention keeps as much, on the device"
+    )
 
 
 def memory_bytes(device: Any) -> int | None:
@@ -92,6 +108,50 @@ def resolve_mesh(
     filled, reason = _fill(mesh, num_devices, model, training, memory)
     _check(filled, num_devices, model, training)
     return filled, reason
+
+
+def require_fits(mesh: MeshConfig, model: ModelConfig, training: TrainingConfig, memory: int | None) -> None:
+    """Refuse a micro-batch of which even the least that a step must hold is more than a device's memory.
+
+    An estimate (`activation_bytes`) may be wrong where this passes: XLA has the last word when it compiles.
+
+    Args:
+        mesh: without open axes.
+        model: `vocab_size` and `compute_dtype` may be open still.
+        memory: as `resolve_mesh`.
+
+    Raises:
+        UserError: it does not fit; says what would.
+    """
+    if memory is None:
+        return
+    known = dataclasses.replace(
+        model, vocab_size=model.vocab_size or 1, compute_dtype=model.compute_dtype or "bfloat16"
+    )
+    micro, shards = training.resolved_micro_batch_size, mesh.data * mesh.fsdp
+    state = _state_bytes(model) / (mesh.fsdp * mesh.context * mesh.tensor)
+    held = state if micro < training.batch_size else state * 3 / 4  # the gradient comes while activations go
+
+    def activations(size: int) -> Memory:
+        return activation_bytes(known, mesh, size, training.loss_chunk_tokens)
+
+    needed = held + activations(micro).least
+    if needed <= memory:
+        return
+    sizes = training.batch_size, training.resolved_batch_ramp_start
+    smaller = [n for n in range(shards, micro, shards) if all(size % n == 0 for size in sizes)]
+    fitting = [n for n in smaller if state + activations(n).likely <= memory]
+    advice = (
+        f"the largest training.micro_batch_size that fits is {fitting[-1]}"
+        if fitting
+        else f"not even {shards} would: model.remat full, training.loss_chunk_tokens {model.context_length}, or more "
+        "devices for mesh.fsdp help"
+    )
+    raise UserError(
+        f"a micro-batch of {micro} sequences needs at least {needed / 1e9:.3g} GB on each device, {held / 1e9:.3g} GB "
+        f"of it for parameters and optimizer state and the rest for activations, but a device has {memory / 1e9:.3g} "
+        f"GB; {advice}"
+    )
 
 
 def refit_mesh(saved: MeshConfig, requested: MeshConfig, num_devices: int) -> MeshConfig:

@@ -4,8 +4,9 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 # GPTJAX_TEST_PLATFORM=cuda pytest tests/model/test_kernels.py: the kernels that only an accelerator has.
 os.environ["JAX_PLATFORMS"] = os.environ.get("GPTJAX_TEST_PLATFORM", "cpu")
@@ -88,6 +89,21 @@ def mesh():
     current = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(current):
         yield current
+
+
+@pytest.fixture
+def equations() -> Callable[[Any], Iterator[Any]]:
+    """All equations of a jaxpr, and of those inside it."""
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+    return walk
 
 
 TINY = """

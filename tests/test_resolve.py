@@ -9,7 +9,7 @@ from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
 from gptjax.presets import gpt3
-from gptjax.resolve import refit_mesh, resolve, resolve_mesh
+from gptjax.resolve import refit_mesh, require_fits, resolve, resolve_mesh
 
 CPUS = [SimpleNamespace(platform="cpu")] * 8
 TOKENIZER = SimpleNamespace(vocab_size=300)
@@ -111,6 +111,59 @@ def test_resolve_leaves_nothing_open_and_changes_nothing_twice():
     assert config.optimizer.decay_steps == config.training.steps
     assert resolve(config, CPUS, TOKENIZER) == config
     assert resolve(Config(run_dir="a"), [SimpleNamespace(platform="gpu")], TOKENIZER).model.compute_dtype == "bfloat16"
+
+
+def gpt2(**changes):
+    return ModelConfig(**{"vocab_size": 50257, "compute_dtype": "bfloat16"} | changes)
+
+
+def test_refuses_a_batch_that_cannot_fit():
+    """Before anything compiles: with the estimate, what a device has, and the largest micro-batch that divides the
+    batch and fits. GPT-2 small with 512 sequences of 1024 tokens would hold 53 GB of logits alone."""
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1)
+    with pytest.raises(UserError) as error:
+        require_fits(mesh, gpt2(), TrainingConfig(batch_size=512), 80 * 10**9)
+    text = str(error.value)
+    assert "512 sequences" in text
+    assert "a device has 80 GB" in text
+    works = int(text.rsplit(" ", 1)[1])
+    assert works == 128
+    require_fits(mesh, gpt2(), TrainingConfig(batch_size=512, micro_batch_size=works), 80 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "training"),
+    [
+        ({"remat": "full"}, {"loss_chunk_tokens": 8192}),  # 12 block inputs of 0.8 GB
+        ({}, {"micro_batch_size": 16}),
+        ({"vocab_size": None, "remat": "full"}, {}),  # of an unknown vocabulary there is no bound
+    ],
+)
+def test_what_takes_less_memory_is_let_through(changes, training):
+    mesh = MeshConfig(data=1, fsdp=1, tensor=1)
+    require_fits(mesh, gpt2(**changes), TrainingConfig(batch_size=512, **training), 80 * 10**9)
+
+
+def test_what_no_micro_batch_mends():
+    """A model whose state alone is too large, and a device whose memory nobody knows."""
+    mesh, model = MeshConfig(data=1, fsdp=1, tensor=1), gpt2(num_layers=48, model_dim=1600, num_heads=25)
+    with pytest.raises(UserError, match=r"not even 1 would: model\.remat full"):
+        require_fits(mesh, model, TrainingConfig(batch_size=8), 8 * 10**9)
+    require_fits(mesh, model, TrainingConfig(batch_size=8), None)
+
+
+def test_offload_needs_memory_of_the_host():
+    """A CPU has no other, and a device may lack what can be copied from; JAX would silently do nothing on the one."""
+
+    def gpu(*kinds):
+        memories = [SimpleNamespace(kind=kind) for kind in kinds]
+        return [SimpleNamespace(platform="gpu", addressable_memories=lambda: memories)]
+
+    config = Config(model=ModelConfig(remat="offload"), run_dir="a")
+    assert resolve(config, gpu("device", "pinned_host"), TOKENIZER).model.remat == "offload"
+    for devices, word in ((CPUS, "a cpu"), (gpu("device"), "pinned_host")):
+        with pytest.raises(UserError, match=f"offload.*{word}.*save_attention"):
+            resolve(config, devices, TOKENIZER)
 
 
 def test_resolve_refuses_another_vocabulary():

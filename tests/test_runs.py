@@ -196,6 +196,15 @@ def test_another_configuration_is_refused_with_its_fields(uninterrupted, inside,
     assert (uninterrupted / "config.json").read_bytes() == before
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_the_data_is_read(inside, monkeypatch, refusal):
+    """Where devices say what they can hold: with the estimate and the largest that fits."""
+    monkeypatch.setattr("gptjax.stages.pretrain.memory_bytes", lambda device: 1_000_000)
+    size = ["--training.batch-size", "800", "--training.micro-batch-size", "800"]
+    line = refusal(train.main, "tiny.py", "--data.path", "missing", *size)
+    assert "800 sequences needs at least" in line
+    assert "the largest training.micro_batch_size that fits is" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_copy, compute_dtype
-from gptjax.training.losses import cross_entropy, inputs_and_labels
+from gptjax.training.losses import inputs_and_labels, loss_of_labels
 
 
 class Perplexity(NamedTuple):
@@ -44,6 +44,7 @@ def evaluate(
     token_bytes_V: np.ndarray,
     separator: int | None = None,
     batch_size: int | None = None,
+    chunk_tokens: int = 0,
 ) -> Perplexity:
     """Predict every label of the batches once, each row on its own, under the current mesh.
 
@@ -52,18 +53,21 @@ def evaluate(
         token_bytes_V: UTF-8 bytes that each token stands for.
         separator: the token between documents that do not see each other; None: they do.
         batch_size: B, where a process has only its rows of the batches; None: they are whole.
+        chunk_tokens: as `loss_of_labels` takes it.
     """
     weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
     token_bytes = np.asarray(token_bytes_V, np.int32)
     sums = [  # dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64
-        _sums(config, weights, sharding.put_batch(tokens_BT, batch_size), num_rows, token_bytes, separator)
+        _sums(
+            config, weights, sharding.put_batch(tokens_BT, batch_size), num_rows, token_bytes, separator, chunk_tokens
+        )
         for tokens_BT, num_rows in batches
     ]
     nats, num_tokens, num_bytes = np.sum([[float(x) for x in batch] for batch in sums], axis=0)
     return Perplexity(float(nats / num_tokens), int(num_tokens), int(num_bytes))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "separator"))
+@functools.partial(jax.jit, static_argnames=("config", "separator", "chunk_tokens"))
 def _sums(
     config: ModelConfig,
     params: Params,
@@ -71,10 +75,11 @@ def _sums(
     num_rows: int,
     token_bytes: jax.Array,
     separator: int | None,
+    chunk_tokens: int,
 ):
     inputs_BT, labels_BT, places = inputs_and_labels({"tokens": tokens_BT}, separator)
-    logits_BTV, _ = GPT(config).apply({"params": params}, inputs_BT, **places)
-    nll_BT, _ = cross_entropy(logits_BTV, labels_BT)
+    output = loss_of_labels(config, labels_BT, chunk_tokens)
+    (nll_BT, _), _ = GPT(config).apply({"params": params}, inputs_BT, **places, output=output)
     row_BT = jax.lax.broadcasted_iota(jnp.int32, labels_BT.shape, 0, out_sharding=sharding.spec("batch", "sequence"))
     counts_BT = row_BT < num_rows
     bytes_BT = token_bytes.at[labels_BT].get(out_sharding=sharding.spec("batch", "sequence"))

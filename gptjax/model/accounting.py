@@ -165,6 +165,60 @@ def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
     )
 
 
+class Memory(NamedTuple):
+    """Bytes of one device: a bound and an estimate."""
+
+    least: int
+    """What no compiler can do without."""
+    likely: int
+    """What the program asks for."""
+
+
+def activation_bytes(
+    config: ModelConfig, mesh: MeshConfig, batch_size: int, chunk_tokens: int = 0, *, quadratic: bool = False
+) -> Memory:
+    """What a device holds of a micro-batch of `batch_size` sequences when its backward pass begins.
+
+    With R rows and S of their T tokens on a device, t = tensor and c bytes of the compute type, each block keeps c R S
+    times what its products and norms start from, after Korthikanti et al. 2022 (whose 34 s b h are these, for F = 4 D
+    and c = 2, and 2 s b h for masks of dropout, which are not counted):
+
+    - none: 4 D + (2 N H + 2 K H + U F + F)/t, where U is 2 if gated, else 1. Of these the two norms' results and that
+      of the activation can be computed again from the others, so that `least` has 2 D + (2 N H + 2 K H + U F)/t.
+      A kernel that is quadratic adds its weights, N T/t, and `likely` once their gradient.
+    - full: D, the block's input. save_attention: D + N H/t and, if the kernel is not quadratic, a float32 log-sum-exp
+      of each head. save_dots: 2 D + (N H + 2 K H + U F)/t. offload: nothing. To `likely` all add what one block
+      computes again.
+
+    After the blocks the final norm keeps 2 c R S D, and the loss c R S V/t of logits, in `likely` twice, as their
+    gradient stands beside them; of a chunk if it is chunked.
+    """
+    D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, config.context_length
+    N, K, V = config.num_heads, config.resolved_num_kv_heads, config.padded_vocab_size
+    t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
+    shards = mesh.data * mesh.fsdp * mesh.context
+    tokens = batch_size * T / shards
+    up = F * (2 if config.gated else 1)
+    square = N * T / t if quadratic else 0
+    block_least = 2 * D + (2 * N * H + 2 * K * H + up) / t + square
+    block = block_least + 2 * D + F / t
+    kept = {
+        "full": D,
+        "save_dots": 2 * D + (N * H + 2 * K * H + up) / t,
+        "save_attention": D + N * H / t + (0 if quadratic else 4 / c * N / t),
+        "offload": 0,
+    }
+    if config.remat == "none":
+        least, likely = config.num_layers * block_least, config.num_layers * block + square
+    else:
+        least = config.num_layers * kept[config.remat]
+        likely = least + block + square
+    logits = (min(tokens, max(chunk_tokens, 1) / shards) if chunk_tokens else tokens) * V / t
+    return Memory(
+        int(c * (tokens * least + tokens * D + logits)), int(c * (tokens * likely + 2 * tokens * D + 2 * logits))
+    )
+
+
 def peak_bandwidth(device_kind: str) -> float | None:
     """Bytes per second of one device's memory, or None where the table does not know it."""
     return PEAK_BYTES_PER_SECOND.get(device_kind)

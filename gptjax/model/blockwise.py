@@ -13,8 +13,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.model.layers import precision, softcap
+from gptjax.model.remat import ATTENTION
 
 PADDING = jnp.iinfo(jnp.int32).max
 """Position of keys that only fill up the last block: after every query, one at an empty slot's position included."""
@@ -101,7 +103,8 @@ def _forward(static, q_BTNH, k_BSKH, v_BSKH, places):
         return None, ((out_BKXH / sum_BKX[..., None]).astype(q_BTNH.dtype), top_BKX + jnp.log(sum_BKX))
 
     _, (out_IBKXH, logsumexp_IBKX) = jax.lax.scan(query_step, None, (q_IBKXH, q_place))
-    out_BTNH = _join(out_IBKXH, q_BTNH.shape[1], N)
+    out_BTNH = checkpoint_name(_join(out_IBKXH, q_BTNH.shape[1], N), ATTENTION)
+    logsumexp_IBKX = checkpoint_name(logsumexp_IBKX, ATTENTION)
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, out_BTNH, logsumexp_IBKX, places)
 
 

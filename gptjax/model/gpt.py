@@ -8,14 +8,16 @@ Shape suffixes: B batch, T tokens, D model, V padded vocabulary, L layers.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.model import remat
 from gptjax.model.attention import Attention, LayerCache, Placement, write_slots
 from gptjax.model.cache import Cache
 from gptjax.model.layers import (
@@ -35,21 +37,6 @@ from gptjax.parallel.precision import compute_dtype
 
 Params = Any
 """A plain dictionary of arrays: `embedding`, `positions`, `blocks`, `final_norm`, `head`, as the switches ask."""
-
-
-def _keep_all_but_gathered(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: parameters that devices share are gathered again in the backward pass, or each
-    device would hold the whole model. What `fan_out` marks is only another name of its input, and JAX cannot keep it.
-    """
-    marked = any(x.sharding.spec.reduced for x in inputs)
-    return not (marked or primitive.name in ("reshard", "all_gather"))
-
-
-REMAT_POLICIES = {
-    "none": _keep_all_but_gathered,
-    "full": None,
-    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class Block(nn.Module):
@@ -96,6 +83,26 @@ def make_norm(config: ModelConfig, name: str) -> Norm:
     return Norm(config.norm, config.norm_epsilon, config.norm_bias, name=name)
 
 
+class Head(NamedTuple):
+    """The parameters that make logits of the last hidden states."""
+
+    w_VD: jax.Array
+    """The token embedding, where the two are tied."""
+    bias_V: jax.Array | None
+
+
+def head_logits(config: ModelConfig, head: Head, x_BTD: jax.Array) -> jax.Array:
+    """(B, T, V) in x's type; those of the vocabulary's padding are numbers like any other."""
+    return finish_logits(config, head.bias_V, matmul(x_BTD, head.w_VD, ("vocab", "embed"), order="fd"))
+
+
+def finish_logits(config: ModelConfig, bias_V: jax.Array | None, logits_BTV: jax.Array) -> jax.Array:
+    """What follows the head's product, element by element."""
+    if bias_V is not None:
+        logits_BTV = add_bias(logits_BTV, bias_V)
+    return softcap(logits_BTV, config.logit_softcap)
+
+
 class GPT(nn.Module):
     """The causal Transformer.
 
@@ -117,7 +124,8 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
         select_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        output: Callable[[Head, jax.Array], Any] | None = None,
+    ) -> tuple[Any, Cache | None]:
         """Logits of the token after each token.
 
         Args:
@@ -129,6 +137,8 @@ class GPT(nn.Module):
             cache: keys and values of earlier tokens, which are seen, too; this call's are written after them.
             dropout_key: draws the dropout; without one there is none.
             select_B: one index into T per row: logits of just that token, as a prefill needs.
+            output: computes what is returned instead of logits from the head and the last hidden states, (B, T, D) in
+                the compute type: a loss that does not want all logits at once.
 
         Raises:
             UserError: more tokens than learned positions; or `model.attention_kernel` cannot run this.
@@ -178,12 +188,13 @@ class GPT(nn.Module):
         head_VD = embedding_VD
         if not c.tie_embeddings:
             head_VD = self.param("head", normal(c.initializer_std, "vocab", "embed"), embedding_VD.shape)
-        logits_BTV = matmul(x_BTD, head_VD, ("vocab", "embed"), order="fd")
+        bias_V = None
         if c.head_bias:
             bias_V = self.param("head_bias", constant(0.0, "vocab"), (c.padded_vocab_size,))
-            logits_BTV = add_bias(logits_BTV, bias_V)
-        logits_BTV = softcap(logits_BTV, c.logit_softcap)
-        return mask_padding(logits_BTV, c.vocab_size), cache
+        head = Head(head_VD, bias_V)
+        if output is not None:
+            return output(head, x_BTD), cache
+        return mask_padding(head_logits(c, head, x_BTD), c.vocab_size), cache
 
     def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
         # Rows are looked up in float32, so that their gradient is summed in float32: bfloat16 would
@@ -221,12 +232,13 @@ def apply_blocks(
 
     def block(window: int | None) -> Callable[..., jax.Array]:
         def apply(x_BTD: jax.Array, params: Params, key: jax.Array | None) -> jax.Array:
+            x_BTD = checkpoint_name(x_BTD, remat.BLOCK_INPUT)
             return Block(config, window, parent=None).apply({"params": params}, x_BTD, place, dropout_key=key)[0]
 
         if config.remat == "none" and sharding.num_shards("embed") == 1:
             return apply
         # Inside a scan nothing can be merged across iterations, so the barrier against it only costs.
-        return jax.checkpoint(apply, policy=REMAT_POLICIES[config.remat], prevent_cse=not config.scan_layers)
+        return jax.checkpoint(apply, policy=remat.POLICIES[config.remat], prevent_cse=not config.scan_layers)
 
     period = len(config.attention_pattern)
     scanned = L // period * period if config.scan_layers else 0

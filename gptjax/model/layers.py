@@ -49,18 +49,24 @@ def _matmul_backward(axes, order, in_fp8, kept, dy_BTF):
         dy_BTF = fp8.dequantize(fp8.quantize(dy_BTF, fp8.E5M2), dy_BTF.dtype)
         exact = jax.lax.Precision.HIGHEST  # or cuBLASLt would add eight-bit products up with 14 bits of mantissa
     (dx_BTD,) = jax.linear_transpose(lambda x_BTD: _product(x_BTD, w_DF, axes, order, exact), x_BTD)(dy_BTF)
+    return dx_BTD, sharding.reshard(weight_gradient(x_BTD, dy_BTF, axes, order, exact), *axes)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def weight_gradient(
+    x_BTD: jax.Array, dy_BTF: jax.Array, axes: tuple[str, str], order: str, exact: jax.lax.Precision | None
+) -> jax.Array:
+    """That of `matmul`'s weight in float32, summed on each device over its own tokens only."""
     (x, tokens), (dy, _) = _flatten(x_BTD), _flatten(dy_BTF)
-    dw_DF = jnp.einsum(
+    return jnp.einsum(
         f"{tokens}d,{tokens}f->{order}",
         *(x, dy),
         precision=exact,
         preferred_element_type=jnp.float32,
         out_sharding=sharding.partial_sums(*axes),
     )
-    return dx_BTD, sharding.reshard(dw_DF, *axes)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _operands(kept: tuple, axes: tuple[str, str], dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

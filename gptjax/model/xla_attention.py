@@ -11,8 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.model.layers import precision, softcap
+from gptjax.model.remat import ATTENTION
 
 Segments = tuple[jax.Array, jax.Array] | None
 """(B, T) and (B, S), document of each query and of each key; None: one document a row."""
@@ -57,7 +59,7 @@ def _forward(cap, scale, q_BTNH, k_BSKH, v_BSKH, seen_BTS, keep_BNTS):
     sum_BKX1 = weights_BKXS.sum(axis=-1, keepdims=True)
     weights_BKXS = weights_BKXS.astype(dtype)
     out_BKXH = _einsum("bkxs,bksh->bkxh", _drop(weights_BKXS, keep_BNTS), v_BKSH) / sum_BKX1
-    out_BKXH = out_BKXH.astype(dtype)
+    out_BKXH = checkpoint_name(out_BKXH.astype(dtype), ATTENTION)
     slope_BKXS = 1 - jnp.square(logits_BKXS / cap) if cap else None  # of the bound on the logits
     residuals = q_BKXH, k_BKSH, v_BKSH, weights_BKXS, sum_BKX1, out_BKXH, keep_BNTS, slope_BKXS
     return _by_token(out_BKXH, T), residuals

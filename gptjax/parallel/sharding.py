@@ -84,6 +84,12 @@ def partial_sums(*axes: str) -> P | None:
     return None if whole is None else P(*whole, unreduced=set(jax.tree.leaves(tuple(tokens))))
 
 
+def as_partial_sums(x: jax.Array, *axes: str) -> jax.Array:
+    """`x`, laid out by these axes, as the sum of what devices hold of such a gradient."""
+    target = partial_sums(*axes)
+    return x if target is None else jax.sharding.reshard(x, target)
+
+
 def join_tokens(x_BTD: jax.Array) -> jax.Array:
     """(B · T, D), split over tokens as the batch was, also where that is one row, in which JAX would not see it."""
     shape = (x_BTD.size // x_BTD.shape[-1], x_BTD.shape[-1])

@@ -65,11 +65,12 @@ def evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callable
     """The whole validation split, or evenly spaced sequences of it."""
     token_bytes = np.array([len(raw) for raw in tokenizer.token_bytes()])
     batch_size, limit = config.training.resolved_micro_batch_size, config.training.eval_sequences
+    chunk_tokens = config.training.loss_chunk_tokens
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         batches = evaluation_rows(rows, batch_size, limit, share(config))
         apart = separator(config, tokenizer)
-        found = evaluate(_as_used(config.model), state.params, batches, token_bytes, apart, batch_size)
+        found = evaluate(*(_as_used(config.model), state.params, batches, token_bytes, apart, batch_size, chunk_tokens))
         return {
             "val_loss": found.nats_per_token,
             "val_bits_per_byte": found.bits_per_byte,

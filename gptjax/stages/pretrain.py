@@ -23,7 +23,7 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.parallel.launch import DistributedConfig
 from gptjax.parallel.mesh import make_mesh
-from gptjax.resolve import memory_bytes, resolve, resolve_mesh
+from gptjax.resolve import memory_bytes, require_fits, resolve, resolve_mesh
 from gptjax.stages import callbacks, messages, resume
 from gptjax.stages.rollback import Rollbacks
 from gptjax.text.tokenizer import Tokenizer
@@ -102,6 +102,7 @@ def train(
             if continued:
                 resume.check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
+            require_fits(config.mesh, config.model, config.training, memory_bytes(jax.local_devices()[0]))
             with jax.set_mesh(make_mesh(config.mesh)):
                 return _pretrain(config, directory, data, console, require_folder, accept_changes, started)
 
@@ -227,6 +228,7 @@ def _with_mesh(config: Config, console: Console) -> Config:
     messages.attention_kernels(dataclasses.replace(config, mesh=mesh))  # refuses one that is forced and cannot run
     if config.model.fp8:
         require_hardware(devices[0])
+    require_fits(mesh, config.model, config.training, memory)
     if config.guard.rerun_every_steps and devices[0].platform == "gpu" and not config.training.deterministic:
         raise UserError(
             "guard.rerun_every_steps compares bit for bit, which on a GPU needs training.deterministic; "
@@ -282,7 +284,7 @@ def _compile_step(
     c, training = config.model, config.training
     drops = c.embedding_dropout or c.attention_dropout or c.residual_dropout
     return make_train_step(
-        language_model_loss(model, training.z_loss, callbacks.separator(config, tokenizer)),
+        language_model_loss(model, training.z_loss, callbacks.separator(config, tokenizer), training.loss_chunk_tokens),
         optimizer,
         dropout_seed=training.seed if drops else None,
         accumulates=training.batch_size > training.resolved_micro_batch_size,

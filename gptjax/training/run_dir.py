@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "training.eval_sequences",
     "training.sample_*",
     "training.steps_per_dispatch",
+    "training.loss_chunk_tokens",
     "training.log_to",
     "training.profile_steps",
     "guard.*",

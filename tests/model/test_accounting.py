@@ -3,13 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import ModelConfig
-from gptjax.model.accounting import mfu, parameter_counts, peak_flops, training_flops_per_token
+from gptjax.config import MeshConfig, ModelConfig
+from gptjax.model.accounting import activation_bytes, mfu, parameter_counts, peak_flops, training_flops_per_token
 from gptjax.model.gpt import GPT
+from gptjax.training.losses import language_model_loss
 from gptjax.training.state import init_params
 
 SWITCHES = {
@@ -86,6 +89,71 @@ def test_flops_of_windows_and_groups():
     grouped = training_flops_per_token(dataclasses.replace(config, num_kv_heads=1), T)
     assert flops.matmuls - grouped.matmuls == 6 * 2 * 2 * 8 * 4
     assert grouped.attention == flops.attention
+
+
+@pytest.mark.parametrize("switches", [{}, {"feed_forward": "swiglu", "num_kv_heads": 2, "head_dim": 24}])
+def test_activations_are_those_that_jax_keeps(switches):
+    """What `save_dots` and `save_attention` keep beyond `full` is the bytes that the traced loss keeps beyond it."""
+    shape = {"num_layers": 3, "model_dim": 32, "num_heads": 4, "ffn_dim": 80, "context_length": 12, "vocab_size": 61}
+    mesh, batch_size = MeshConfig(data=1, fsdp=1, tensor=1), 5
+
+    def bytes_of(name):
+        config = ModelConfig(**shape | switches, remat=name, compute_dtype="bfloat16")
+        loss = language_model_loss(GPT(config))
+        params = jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
+        tokens = jax.ShapeDtypeStruct((batch_size, 13), jnp.int32)
+        kept = jax.eval_shape(lambda p, t: jax.vjp(lambda p: loss(p, {"tokens": t}, None)[0], p)[1], params, tokens)
+        traced = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+        return np.array([traced, activation_bytes(config, mesh, batch_size, quadratic=True).least])
+
+    full = bytes_of("full")
+    for name in ("save_dots", "save_attention"):
+        traced, formula = bytes_of(name) - full
+        assert traced == formula > 0
+
+
+@pytest.mark.parametrize(("remat", "scan_layers"), [("none", False), ("full", True)])
+def test_activations_of_a_compiled_step(remat, scan_layers):
+    """What XLA plans for a batch grows with it by no less than the bound, and by about the estimate. (Layers that are
+    unrolled XLA's CPU backend never computes again, whatever is asked of it.)"""
+    config = ModelConfig(
+        num_layers=4,
+        model_dim=64,
+        num_heads=4,
+        context_length=64,
+        vocab_size=512,
+        remat=remat,
+        scan_layers=scan_layers,
+        compute_dtype="float32",
+    )
+    loss, mesh = language_model_loss(GPT(config)), MeshConfig(data=1, fsdp=1, tensor=1)
+    params = jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
+
+    def planned(batch_size):
+        tokens = jax.ShapeDtypeStruct((batch_size, 65), jnp.int32)
+        program = jax.jit(jax.grad(lambda p, t: loss(p, {"tokens": t}, None)[0])).lower(params, tokens).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    few, many = (activation_bytes(config, mesh, size, quadratic=True) for size in (8, 24))
+    growth = planned(24) - planned(8)
+    assert many.least - few.least <= growth
+    assert 0.6 < growth / (many.likely - few.likely) < 2.5
+
+
+def test_memory_is_shared_out():
+    """Twice the devices of an axis halve what it splits: rows and tokens all, `tensor` all but the residual stream, a
+    chunk of the loss its logits; offload leaves nothing of the layers."""
+    config = ModelConfig(vocab_size=50257, compute_dtype="bfloat16")
+
+    def least(chunk_tokens=0, remat="none", **axes):
+        mesh = MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | axes)
+        return activation_bytes(dataclasses.replace(config, remat=remat), mesh, 8, chunk_tokens).least
+
+    whole, tokens = least(), 8 * 1024
+    assert least(data=2) == least(fsdp=2) == least(context=2) == whole // 2
+    assert least(tensor=2) - whole // 2 == tokens * 768 * (2 * 12 + 1)
+    assert whole - least(chunk_tokens=1024) == 2 * 7 * 1024 * config.padded_vocab_size
+    assert least(remat="offload") == 2 * tokens * (768 + config.padded_vocab_size)
 
 
 def test_unknown_peak_stays_unknown():

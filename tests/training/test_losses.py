@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gptjax.model.gpt import GPT
+from gptjax.config import ModelConfig
+from gptjax.model.gpt import GPT, Head
 from gptjax.parallel import sharding
 from gptjax.training.losses import cross_entropy, language_model_loss, separate_documents
 
@@ -71,14 +72,15 @@ def test_large_logits_do_not_overflow():
 
 
 def model_with(logits):
-    """A model that answers with these logits, and remembers what it was asked."""
+    """A model that answers with these logits, those of padding any number, and remembers what it was asked."""
     asked = {}
 
-    def apply(variables, tokens, **arguments):
+    def apply(variables, tokens, output, **arguments):
         asked.update(arguments, tokens=tokens)
-        return variables["params"] + logits, None
+        finite = jnp.where(jnp.isfinite(logits), logits, 7.0)
+        return output(Head(jnp.eye(PADDED), None), variables["params"] + finite), None
 
-    return SimpleNamespace(apply=apply, asked=asked)
+    return SimpleNamespace(apply=apply, asked=asked, config=ModelConfig(model_dim=PADDED, num_heads=1, vocab_size=V))
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])

@@ -199,6 +199,7 @@ def test_what_may_change_is_taken_from_the_request_and_reported():
         "training.sample_every_steps": 7,
         "training.sample_prompt": "x",
         "training.sample_tokens": 7,
+        "training.loss_chunk_tokens": 7,
         "training.steps_per_dispatch": 7,
         "checkpoint.every_steps": 7,
         "checkpoint.keep_newest": 7,
