@@ -241,7 +241,10 @@ def test_unknown_size_names_the_nearest():
         presets.gpt2("125M")
 
 
-FAMILIES = ("gpt1", "gpt2_124m", "gpt3_175b", "article_gpt35", "shakespeare_char_cpu", "modern_1_5b")
+FAMILIES = (
+    *("gpt1", "gpt2_124m", "gpt3_175b", "article_gpt35", "shakespeare_char_cpu", "modern_1_5b"),
+    "shakespeare_speedrun",
+)
 """One configuration for each combination of switches; the others of a family differ in numbers only."""
 
 
