@@ -219,6 +219,12 @@ def activation_bytes(
     )
 
 
+def cache_elements(config: ModelConfig, batch_size: int, num_slots: int, call_tokens: int = 1) -> int:
+    """Keys and values that a cache for `num_slots` tokens a row holds; a layer with a window has a ring of slots."""
+    slots = sum(min(num_slots, (window or num_slots) + call_tokens - 1) for window in config.layer_windows)
+    return 2 * batch_size * slots * config.resolved_num_kv_heads * config.resolved_head_dim
+
+
 def peak_bandwidth(device_kind: str) -> float | None:
     """Bytes per second of one device's memory, or None where the table does not know it."""
     return PEAK_BYTES_PER_SECOND.get(device_kind)

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
 from gptjax.model import kernels
+from gptjax.model.cache import LayerCache, key_positions, per_device, read, write
+from gptjax.model.few_queries import MOST_FEW, few_queries_attention
 from gptjax.model.layers import Linear, Norm, rotate
 from gptjax.parallel import sharding
 
@@ -24,20 +26,13 @@ class Placement(NamedTuple):
     positions: jax.Array
     """(B, T) position of each token."""
     kv_positions: jax.Array
-    """(B, S) position of each key: the tokens' own, or those of the cache's slots."""
+    """(B, S) position of each key, where these are not a cache's."""
     segment_ids: jax.Array | None = None
     """(B, T) document of each token; None: one document a row."""
-    slot: jax.Array | None = None
-    """First slot of the cache that the tokens are written to; None: there is no cache."""
+    starts: jax.Array | None = None
+    """(B,) tokens that the cache has of each row; None: there is no cache."""
     in_order: bool = False
     """Whether the kernels that know no positions may run, as in `attention`; known while tracing."""
-
-
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, one slot per token, filled from the front."""
-
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
 
 
 def attention(
@@ -121,6 +116,25 @@ def attention(
     return mapped(q_BTNH, k_BSKH, v_BSKH, q_positions, kv_positions, segment_ids, keep_BNTS)
 
 
+def attention_to_cache(
+    q_BTNH: jax.Array, cache: LayerCache, place: Placement, *, window: int | None, softcap: float
+) -> jax.Array:
+    """`attention` to all tokens of a cache, the queries' own among them; (B, T, N, H)."""
+    T, S = q_BTNH.shape[1], cache.k_PSH.shape[1]
+
+    def local(q_BTNH: jax.Array, cache: LayerCache, positions_BT: jax.Array, starts_B: jax.Array) -> jax.Array:
+        places = positions_BT, key_positions(starts_B + T, S)
+        if T <= MOST_FEW:
+            return few_queries_attention(q_BTNH, cache, *places, window=window, cap=softcap)
+        k_BSKH, v_BSKH = read(cache, len(q_BTNH), q_BTNH.dtype)
+        call = kernels.Call(T, S, *(x.shape[-1] for x in (k_BSKH, v_BSKH)), str(q_BTNH.dtype), window, softcap)
+        run = kernels.RUN[kernels.choose(call, kernels.this_machine())]
+        scale = q_BTNH.shape[-1] ** -0.5
+        return run(q_BTNH, k_BSKH, v_BSKH, *places, None, None, window=window, cap=softcap, scale=scale)
+
+    return per_device(local, q_BTNH, cache, place.positions, place.starts)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with separate query, key and value projections."""
 
@@ -135,28 +149,31 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attend within `x`, or to the cache after writing x's keys and values into it."""
+        """Attend within `x`, or to the cache after writing x's keys and values into it.
+
+        A cache that was empty, so that `x` is in order, is written and not read: all that it has is in `x`.
+        """
         c = self.config
         B, T, D = x_BTD.shape
         q_BTNH, k_BTKH, v_BTKH = self.queries_keys_values(x_BTD, place)
         if cache is not None:
-            k_BTKH, v_BTKH = cache = LayerCache(
-                write_slots(cache.k_BSKH, k_BTKH, place.slot), write_slots(cache.v_BSKH, v_BTKH, place.slot)
+            cache = write(cache, k_BTKH, v_BTKH, place.starts)
+        if cache is not None and not place.in_order:
+            out_BTNH = attention_to_cache(q_BTNH, cache, place, window=self.window, softcap=c.attention_softcap)
+        else:
+            out_BTNH = attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                q_positions=place.positions,
+                kv_positions=place.kv_positions,
+                segment_ids=place.segment_ids,
+                window=self.window,
+                softcap=c.attention_softcap,
+                keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),
+                in_order=place.in_order,
+                kernel="auto" if cache is not None else c.attention_kernel,  # forced is what trains
             )
-        out_BTNH = attention(
-            q_BTNH,
-            k_BTKH,
-            v_BTKH,
-            q_positions=place.positions,
-            kv_positions=place.kv_positions,
-            segment_ids=place.segment_ids,
-            window=self.window,
-            softcap=c.attention_softcap,
-            keep_BNTS=self._dropout_mask(q_BTNH, k_BTKH.shape[1], dropout_key),
-            in_order=place.in_order,
-            # With a cache no kernel but those that know positions runs, whatever trains the model.
-            kernel="auto" if cache is not None else c.attention_kernel,
-        )
         out_sharding = sharding.spec("batch", "sequence", "heads")
         out_BTF = jnp.reshape(out_BTNH, (B, T, c.num_heads * c.resolved_head_dim), out_sharding=out_sharding)
         residual_std = c.initializer_std * (2 * c.num_layers) ** -0.5
@@ -194,8 +211,3 @@ class Attention(nn.Module):
         keep_BNTS = sharding.balance(sharding.balance(keep_BNTS, axis=2), axis=3)
         keep_BNTS = sharding.reshard(keep_BNTS, "batch", "heads", "sequence", "keys")
         return jnp.where(keep_BNTS, 1 / (1.0 - rate), 0).astype(q_BTNH.dtype)
-
-
-def write_slots(old_BS: jax.Array, new_BT: jax.Array, slot: jax.Array) -> jax.Array:
-    """`old` with `new` written along the second dimension from `slot` on."""
-    return jax.lax.dynamic_update_slice_in_dim(old_BS, new_BT.astype(old_BS.dtype), slot, axis=1)

@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model import remat
-from gptjax.model.attention import Attention, LayerCache, Placement, write_slots
-from gptjax.model.cache import Cache
+from gptjax.model.attention import Attention, Placement
+from gptjax.model.cache import Cache, LayerCache
 from gptjax.model.layers import (
     FeedForward,
     Norm,
@@ -130,10 +130,11 @@ class GPT(nn.Module):
 
         Args:
             tokens_BT: token ids, int32.
-            positions: (B, T) position of each token; counted from 0 by default.
+            positions: (B, T) position of each token; counted from 0 by default. With a cache they are counted from
+                its lengths, and cannot be given.
             segment_ids: (B, T) document of each token; tokens see only their own. Not with a cache.
             in_order: promises of the positions given what `attention` asks of them, for the kernels that know none;
-                those counted here are so.
+                those counted here are so. With a cache, that it is empty.
             cache: keys and values of earlier tokens, which are seen, too; this call's are written after them.
             dropout_key: draws the dropout; without one there is none.
             select_B: one index into T per row: logits of just that token, as a prefill needs.
@@ -144,8 +145,8 @@ class GPT(nn.Module):
             UserError: more tokens than learned positions; or `model.attention_kernel` cannot run this.
 
         Returns:
-            Logits in the compute type, (B, T, V) or (B, 1, V), those of padding columns -inf; and the
-            cache with this call's tokens in it.
+            Logits in the compute type, (B, T, V) or (B, 1, V), those of padding columns -inf; and the cache with all
+            T tokens of this call in each row. Who padded rows takes that back by their lengths.
         """
         c = self.config
         if self.is_initializing():  # parameters do not depend on the kernel, and are made with tokens of any number
@@ -157,10 +158,12 @@ class GPT(nn.Module):
             )
         dtype = compute_dtype(c)
         if positions is None:
-            in_order = True
+            in_order = in_order or cache is None
             positions = jax.lax.broadcasted_iota(
                 jnp.int32, tokens_BT.shape, 1, out_sharding=sharding.spec("batch", "sequence")
             )
+            if cache is not None:
+                positions = positions + cache.lengths_B[:, None]
         positions = sharding.reshard(positions, "batch", "sequence")
         if segment_ids is not None:
             segment_ids = sharding.reshard(segment_ids, "batch", "sequence")
@@ -179,7 +182,7 @@ class GPT(nn.Module):
             place = Placement(positions, positions, segment_ids, in_order=in_order)
             x_BTD = apply_blocks(c, blocks, x_BTD, place, keys[1])
         else:
-            x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache)
+            x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache, in_order)
         if c.norm_position == "pre":
             x_BTD = make_norm(c, "final_norm")(x_BTD)
         if select_B is not None:
@@ -262,15 +265,15 @@ def apply_blocks(
 
 
 def apply_blocks_to_cache(
-    config: ModelConfig, blocks: Params, x_BTD: jax.Array, positions: jax.Array, cache: Cache
+    config: ModelConfig, blocks: Params, x_BTD: jax.Array, positions: jax.Array, cache: Cache, was_empty: bool
 ) -> tuple[jax.Array, Cache]:
     """Run all blocks, each on its layer's cache; always unrolled, so that each cache is updated in place."""
-    place = Placement(positions, write_slots(cache.positions_BS, positions, cache.slot), slot=cache.slot)
+    place = Placement(positions, positions, starts=cache.lengths_B, in_order=was_empty)
     layers = []
     for window, params, layer_cache in zip(config.layer_windows, unstack(blocks), cache.layers, strict=True):
         x_BTD, layer_cache = Block(config, window, parent=None).apply({"params": params}, x_BTD, place, layer_cache)
         layers.append(layer_cache)
-    return x_BTD, Cache(tuple(layers), place.kv_positions, cache.slot + positions.shape[1])
+    return x_BTD, Cache(tuple(layers), cache.lengths_B + positions.shape[1])
 
 
 def layer(blocks: Params, index: int) -> Params:

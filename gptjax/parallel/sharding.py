@@ -25,6 +25,7 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
     "features": None,  # model_dim of an activation, or of a gathered parameter
     "heads": "tensor",
     "kv_heads": "tensor",
+    "row_heads": ("data", "fsdp", "tensor"),  # of a cache: each device's rows times its key/value heads
     "head_dim": None,
     "ffn": "tensor",
     "vocab": "tensor",

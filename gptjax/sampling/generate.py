@@ -13,15 +13,26 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
+from gptjax.model.accounting import cache_elements, parameter_counts
 from gptjax.model.gpt import Params
 from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
-from gptjax.sampling.decode import DecodeState, decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
+from gptjax.sampling.decode import (
+    DecodeState,
+    decode_n_tokens,
+    decoding_params,
+    prefill,
+    row_keys,
+    start_decoding,
+    with_slots,
+)
 from gptjax.sampling.detokenize import FinishReason, TextStream
 from gptjax.sampling.filters import filter_settings
 
 SMALLEST_BUCKET = 16
-"""Prompts are padded to a power of two of at least this many tokens, so that few lengths are compiled."""
+"""Prompts and caches have a power of two of at least this many tokens, so that few lengths are compiled."""
+SMALLEST_GROWING = 128
+"""Fewest slots of a cache that grows."""
 CHUNK_TOKENS = 32
 """Tokens drawn between two looks at whether all rows are finished."""
 STREAM_CHUNK_TOKENS = 8
@@ -191,12 +202,22 @@ def _generate(
 ) -> Iterator[list[Chunk]]:
     params = decoding_params(config, params)
     settings = filter_settings(sampling)
+    longest = max(map(len, prompts))
     num_chunks = math.ceil(max(limits) / chunk_tokens)
-    state = _start(config, params, prompts, num_chunks * chunk_tokens, sampling.seed, first_BV)
+    most_slots = _bucket(longest + num_chunks * chunk_tokens)
+    # What is read for each token should not be mostly room for later ones. But where weights are most of what is read,
+    # it is not worth the compilation of another size.
+    grows = 2 * cache_elements(config, len(prompts), most_slots) > parameter_counts(config)["total"]
+    slots = max(SMALLEST_GROWING, _bucket(longest + chunk_tokens)) if grows else most_slots
+    state = _start(config, params, prompts, limits, slots, sampling.seed, first_BV)
     chunks = [Chunk([], None)] * len(prompts)
     for index in range(num_chunks):
-        tokens_BN, state = decode_n_tokens(config, params, state, settings, end_of_text_id, chunk_tokens)
-        rows = np.asarray(tokens_BN)[: len(prompts)].tolist()
+        needed = longest + (index + 1) * chunk_tokens
+        if needed > slots:
+            slots = _bucket(needed)
+            state = with_slots(config, state, slots)
+        drawn, state = decode_n_tokens(config, params, state, settings, end_of_text_id, chunk_tokens)
+        rows = np.asarray(drawn.tokens_BN)[: len(prompts)].tolist()
         chunks = [
             Chunk([], last.finish_reason)
             if last.finish_reason
@@ -212,25 +233,34 @@ def _start(
     config: ModelConfig,
     params: Params,
     prompts: list[list[int]],
-    new_tokens: int,
+    limits: list[int],
+    num_slots: int,
     seed: int,
     first_BV: np.ndarray | None,
 ) -> DecodeState:
-    """Prefill the prompts, with room for `new_tokens`."""
+    """Prefill the prompts, each once however often it is repeated, into a cache of `num_slots` tokens a row."""
     shards = sharding.num_shards("batch")
-    prompts = prompts + prompts[-1:] * (-len(prompts) % shards)
-    T = min(_bucket(max(map(len, prompts))), config.context_length)
-    tokens_BT = np.zeros((len(prompts), T), np.int32)
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    rows = [distinct.index(tuple(prompt)) for prompt in prompts]
+    prompts, limits, rows, distinct = (x + x[-1:] * (-len(x) % shards) for x in (prompts, limits, rows, distinct))
+    T = min(_bucket(max(map(len, distinct))), config.context_length)
+    tokens_BT = np.zeros((len(distinct), T), np.int32)
+    for row, prompt in enumerate(distinct):
+        tokens_BT[row, : len(prompt)] = prompt
+    lengths_B = np.asarray([len(prompt) for prompt in distinct], np.int32)
+    prefilled = prefill(config, params, jnp.asarray(tokens_BT), jnp.asarray(lengths_B), num_slots)
+    ends_B = np.asarray([len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)], np.int32)
     seen_BV = np.zeros((len(prompts), config.padded_vocab_size), bool)
     for row, prompt in enumerate(prompts):
-        tokens_BT[row, : len(prompt)] = prompt
         seen_BV[row, prompt] = True
-    lengths_B = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
-    logits_BV, cache = prefill(config, params, jnp.asarray(tokens_BT), lengths_B, _bucket(T + new_tokens))
-    if first_BV is not None:
-        filled = np.concatenate([first_BV, np.repeat(first_BV[-1:], len(prompts) - len(first_BV), axis=0)])
-        logits_BV = jnp.where(sharding.reshard(jnp.asarray(filled), "batch", "features"), logits_BV, -jnp.inf)
-    return start_decoding(logits_BV, cache, lengths_B, jnp.asarray(seen_BV), row_keys(seed, len(prompts)))
+    state = start_decoding(
+        prefilled, jnp.asarray(rows), jnp.asarray(ends_B), jnp.asarray(seen_BV), row_keys(seed, len(prompts))
+    )
+    if first_BV is None:
+        return state
+    filled = np.concatenate([first_BV, np.repeat(first_BV[-1:], len(prompts) - len(first_BV), axis=0)])
+    allowed_BV = sharding.reshard(jnp.asarray(filled), "batch", "features")
+    return state._replace(logits_BV=jnp.where(allowed_BV, state.logits_BV, -jnp.inf))
 
 
 def _cut(token_ids: list[int], end_of_text_id: int, limit: int) -> Chunk:

@@ -134,10 +134,11 @@ def test_finished_rows_draw_nothing_else(model):
     end = next(token for token in free[0][3:] if token not in free[1])
     lengths = [len(p) for p in PROMPTS]
     tokens_BT = jnp.asarray([p + [0] * (16 - len(p)) for p in PROMPTS], jnp.int32)
-    logits, cache = prefill(config, params, tokens_BT, jnp.asarray(lengths), 48)
-    seen = jnp.zeros(logits.shape, bool)
-    state = start_decoding(logits, cache, jnp.asarray(lengths), seen, row_keys(0, 3))
-    tokens, state = decode_n_tokens(config, params, state, {}, end, 20)
+    prefilled = prefill(config, params, tokens_BT, jnp.asarray(lengths), 48)
+    seen = jnp.zeros(prefilled.logits_BV.shape, bool)
+    ends = jnp.full(3, 48)
+    state = start_decoding(prefilled, jnp.arange(3), ends, seen, row_keys(0, 3))
+    (tokens, _), state = decode_n_tokens(config, params, state, {}, end, 20)
     cut = free[0].index(end)
     assert tokens[0].tolist() == free[0][:cut] + [end] * (20 - cut)
     assert tokens[1].tolist() == free[1]
@@ -147,7 +148,9 @@ def test_finished_rows_draw_nothing_else(model):
 def test_settings_and_seed_compile_nothing(model):
     new_tokens(model, PROMPTS, DRAWN)
     before = prefill._cache_size(), decode_n_tokens._cache_size()
-    other = SamplingConfig(max_tokens=15, temperature=1, top_k=9, top_p=0.8, min_p=0.1, repetition_penalty=1.1, seed=5)
+    other = SamplingConfig(
+        max_tokens=15, temperature=1, top_k=150, top_p=0.8, min_p=0.1, repetition_penalty=1.1, seed=5
+    )
     new_tokens(model, [p[:4] for p in PROMPTS], other)
     assert (prefill._cache_size(), decode_n_tokens._cache_size()) == before
 

@@ -30,26 +30,51 @@ def survivors(logits_BV: jax.Array) -> list[set[int]]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(LOGITS, hnp.arrays(np.int32, B, elements=st.integers(0, V + 2)))
+@given(LOGITS, hnp.arrays(np.int32, B, elements=st.integers(1, 16)))
 def test_top_k(logits, k):
-    got = filters.top_k(jnp.asarray(logits), jnp.asarray(k))
-    for row, out, n in zip(logits, np.asarray(got), k, strict=True):
-        smallest = np.sort(row)[::-1][min(n, V) - 1] if n else -np.inf
-        np.testing.assert_array_equal(out, np.where(row >= smallest, row, -np.inf))
+    """The k largest, largest first, and of equals the first; the other places of a row are not to be drawn."""
+    kept = np.stack([filters.ranks(16)[:16] & (np.arange(16) < n) for n in k])
+    got = filters.top_k(jnp.asarray(logits), kept)
+    for b, n in enumerate(k):
+        order = np.argsort(-logits[b], kind="stable")
+        left = np.flatnonzero(np.isfinite(got.logits_BC[b]))
+        assert np.asarray(got.ids_BC[b])[left].tolist() == order[:n].tolist()
+        np.testing.assert_array_equal(np.asarray(got.logits_BC[b])[left], logits[b][order[:n]])
 
 
+def test_ranks():
+    assert [int(filters.ranks(k).sum()) for k in (1, 16, 17, 200)] == [1, 16, 17, 200]
+    assert [len(filters.ranks(k)) for k in (1, 16, 17, 200)] == [16, 16, 32, 256]
+
+
+@pytest.mark.parametrize("find", [filters.threshold_by_halving, filters.threshold_by_sorting])
 @settings(max_examples=60, deadline=None)
-@given(LOGITS, row_values(0, 1))
-def test_top_p(logits, p):
-    """The set reaches p, is made of the likeliest, and its least likely token cannot be spared."""
-    for row, kept, wanted in zip(logits, survivors(filters.top_p(jnp.asarray(logits), jnp.asarray(p))), p, strict=True):
+@given(logits=LOGITS, p=row_values(0, 1))
+def test_top_p(find, logits, p):
+    """The set reaches p, is made of the likeliest, and without the last of them (and its equals) would not reach it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "cpu" if find is filters.threshold_by_halving else "gpu")
+        rows = survivors(filters.top_p(jnp.asarray(logits), jnp.asarray(p)))
+    for row, kept, wanted in zip(logits, rows, p, strict=True):
         probabilities = softmax(row)
-        inside = sorted(probabilities[i] for i in kept)
+        inside = np.array([probabilities[i] for i in kept])
         outside = [probabilities[i] for i in range(V) if i not in kept]
         assert kept
-        assert sum(inside) >= wanted - 1e-5
-        assert all(x <= inside[0] + 1e-12 for x in outside)
-        assert len(kept) == 1 or wanted == 1 or sum(inside[1:]) < wanted + 1e-5
+        assert inside.sum() >= wanted - 1e-5
+        assert all(x < inside.min() for x in outside)
+        assert wanted == 1 or inside[inside > inside.min()].sum() < wanted + 1e-5 or inside.min() == inside.max()
+
+
+def test_thresholds_agree_on_a_large_vocabulary():
+    """Searched or sorted, the same tokens are left, but for what rounding at the threshold decides."""
+    logits = jax.random.normal(jax.random.key(0), (4, 5_001)) * jnp.array([[0.1], [1.0], [3.0], [9.0]])
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    for p in (0.1, 0.5, 0.95, 0.999):
+        share = jnp.full((4, 1), p)
+        searched, sorted_ = (f(weights, share) for f in (filters.threshold_by_halving, filters.threshold_by_sorting))
+        np.testing.assert_allclose(searched, sorted_, rtol=3e-3)
+        counts = [(weights >= t).sum(axis=-1) for t in (searched, sorted_)]
+        np.testing.assert_allclose(*counts, rtol=2e-3, atol=1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,9 +115,9 @@ def test_temperature_zero_is_greedy_and_tiny_does_not_overflow():
 def test_off_keeps_all_exactly():
     """Rows without a filter share a batch with rows that have it."""
     logits = jax.random.normal(jax.random.key(0), (2, 500)) * 10
-    for keep, off in ((filters.top_k, 0), (filters.top_p, 1.0), (filters.min_p, 0.0)):
+    for keep, off in ((filters.top_p, 1.0), (filters.min_p, 0.0)):
         np.testing.assert_array_equal(keep(logits, off), logits)
-        mixed = keep(logits, jnp.array([off, 1]) if keep is filters.top_k else jnp.array([off, 0.5]))
+        mixed = keep(logits, jnp.array([off, 0.5]))
         np.testing.assert_array_equal(mixed[0], logits[0])
         assert len(survivors(mixed)[1]) < 500
 
@@ -106,11 +131,12 @@ def test_settings_name_only_filters_that_are_on():
 def test_order():
     """Temperature comes before top-p: at a high temperature the same p keeps more tokens."""
     logits, seen = jnp.log(jnp.array([[0.6, 0.2, 0.1, 0.1]])), jnp.array([[False, True, False, False]])
-    kept = survivors(filters.apply_filters(logits, seen, {"top_p": 0.5, "temperature": 50.0}))
+    kept = survivors(filters.apply_filters(logits, seen, {"top_p": 0.5, "temperature": 50.0}).logits_BC)
     assert kept == [{0, 1}]
     # ... and the penalty before both: token 1, seen, has become the least likely.
-    kept = survivors(filters.apply_filters(logits, seen, {"top_k": 2, "temperature": 1.0, "repetition_penalty": 9.0}))
-    assert kept == [{0, 2, 3}]
+    settings = {"top_k": filters.ranks(2), "temperature": 1.0, "repetition_penalty": 9.0}
+    logits_BC, ids_BC = filters.apply_filters(logits, seen, settings)
+    assert set(np.asarray(ids_BC)[np.isfinite(logits_BC)]) == {0, 2}
 
 
 def test_settings_are_traced():
