@@ -25,13 +25,13 @@ def main(arguments: Sequence[str]) -> int:
         prompts = [prompt for prompt in parsed.prompt for _ in range(parsed.num_samples)]
         model = (run.config.model, run.params, run.tokenizer)
         if parsed.json is None and len(prompts) == 1:
-            pieces = stream(*model, prompts[0], parsed.sampling)
+            pieces = stream(*model, prompts[0], parsed.sampling, parsed.decoding)
             print(prompts[0], end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
             return 0
-        completions = generate(*model, prompts, parsed.sampling)
+        completions = generate(*model, prompts, parsed.sampling, parsed.decoding)
         if parsed.json is None:
             print("\n\n---\n\n".join(c.prompt + c.text for c in completions))
             return 0

@@ -13,7 +13,7 @@ from gptjax.config import Config
 from gptjax.config_files import load_config
 from gptjax.errors import UserError
 from gptjax.parallel.launch import DistributedConfig
-from gptjax.sampling.config import SamplingConfig
+from gptjax.sampling.config import DecodingConfig, SamplingConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,6 +103,7 @@ class SampleArguments:
     json: str | None = None
     """File for one JSON object per text; - is standard output. None: plain text."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self):
         if self.num_samples < 1:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from gptjax.checks import MAX_INT, require_range, require_types
 from gptjax.errors import UserError
@@ -43,3 +44,19 @@ class SamplingConfig:
             )
         if "" in self.stop:
             raise UserError("a stop string is empty, and would end every text at once; leave it out")
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How the model is run while it samples: what that costs, not, but for rounding, what is drawn."""
+
+    weights: Literal["full", "int8"] = "full"
+    """int8: matrices are kept in eight bits with a scale for each output, half or a quarter of the memory."""
+    kv_cache: Literal["full", "int8"] = "full"
+    """int8: the same for keys and values, with a scale for each token and head."""
+    prefill_chunk: int = 512
+    """Most tokens of a prompt that go through the model at once, which bounds the memory of long ones."""
+
+    def __post_init__(self):
+        require_types("", self)
+        require_range("", self, 1, MAX_INT, "prefill_chunk")

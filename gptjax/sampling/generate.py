@@ -16,7 +16,7 @@ from gptjax.errors import UserError
 from gptjax.model.accounting import cache_elements, parameter_counts
 from gptjax.model.gpt import Params
 from gptjax.parallel import sharding
-from gptjax.sampling.config import SamplingConfig
+from gptjax.sampling.config import DecodingConfig, SamplingConfig
 from gptjax.sampling.decode import (
     DecodeState,
     decode_n_tokens,
@@ -37,7 +37,7 @@ CHUNK_TOKENS = 32
 """Tokens drawn between two looks at whether all rows are finished."""
 STREAM_CHUNK_TOKENS = 8
 """The same where someone is reading along."""
-DEFAULT_SAMPLING = SamplingConfig()
+DEFAULT_SAMPLING, DEFAULT_DECODING = SamplingConfig(), DecodingConfig()
 
 
 class Tokenizer(Protocol):
@@ -81,6 +81,7 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig = DEFAULT_SAMPLING,
+    decoding: DecodingConfig = DEFAULT_DECODING,
 ) -> list[Completion]:
     """Continue all prompts in one batch. Repeat a prompt to get several samples of it.
 
@@ -88,7 +89,7 @@ def generate(
         UserError: a prompt leaves no room in the context, the tokenizer loses some of it, or model, tokenizer and
             sampling do not fit.
     """
-    chunks, rows = _start_texts(config, params, tokenizer, prompts, sampling, CHUNK_TOKENS)
+    chunks, rows = _start_texts(config, params, tokenizer, prompts, sampling, decoding, CHUNK_TOKENS)
     texts = [""] * len(rows)
     for chunk in chunks:
         texts = [text + row.push(*tokens) for text, row, tokens in zip(texts, rows, chunk, strict=True)]
@@ -106,13 +107,14 @@ def stream(
     tokenizer: Tokenizer,
     prompt: str,
     sampling: SamplingConfig = DEFAULT_SAMPLING,
+    decoding: DecodingConfig = DEFAULT_DECODING,
 ) -> Iterator[str]:
     """Continue one prompt in pieces of whole characters, which joined are the text that `generate` returns.
 
     Raises:
         UserError: as `generate` does, and at the call, not at the first piece.
     """
-    chunks, (row,) = _start_texts(config, params, tokenizer, [prompt], sampling, STREAM_CHUNK_TOKENS)
+    chunks, (row,) = _start_texts(config, params, tokenizer, [prompt], sampling, decoding, STREAM_CHUNK_TOKENS)
 
     def pieces() -> Iterator[str]:
         for (tokens,) in chunks:
@@ -130,6 +132,7 @@ def _start_texts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig,
+    decoding: DecodingConfig,
     chunk_tokens: int,
 ) -> tuple[Iterator[list[Chunk]], list[TextStream]]:
     """The chunks to come, and for each prompt the text to put them into."""
@@ -149,7 +152,9 @@ def _start_texts(
     given = [b" " if ids and token_bytes[ids[-1]] == b" " and begins_V.sum() > 1 else b"" for ids in encoded]
     encoded = [ids[: len(ids) - len(space)] for ids, space in zip(encoded, given, strict=True)]
     first_BV = np.stack([begins_V if space else np.ones_like(begins_V) for space in given]) if any(given) else None
-    chunks = generate_tokens(config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens, first_BV)
+    chunks = generate_tokens(
+        config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens, first_BV, decoding
+    )
     return chunks, [TextStream(token_bytes, sampling.stop, space) for space in given]
 
 
@@ -161,6 +166,7 @@ def generate_tokens(
     end_of_text_id: int,
     chunk_tokens: int = CHUNK_TOKENS,
     first_BV: np.ndarray | None = None,
+    decoding: DecodingConfig = DEFAULT_DECODING,
 ) -> Iterator[list[Chunk]]:
     """Continue prompts of token ids, yielding each time a `Chunk` for every row, until all rows are finished.
 
@@ -187,7 +193,7 @@ def generate_tokens(
     limits = [min(sampling.max_tokens, config.context_length - len(prompt)) for prompt in prompts]
     if not prompts:
         return iter(())
-    return _generate(config, params, prompts, limits, sampling, end_of_text_id, chunk_tokens, first_BV)
+    return _generate(config, params, prompts, limits, sampling, end_of_text_id, chunk_tokens, first_BV, decoding)
 
 
 def _generate(
@@ -199,6 +205,7 @@ def _generate(
     end_of_text_id: int,
     chunk_tokens: int,
     first_BV: np.ndarray | None,
+    decoding: DecodingConfig,
 ) -> Iterator[list[Chunk]]:
     params = decoding_params(config, params)
     settings = filter_settings(sampling)
@@ -209,7 +216,7 @@ def _generate(
     # it is not worth the compilation of another size.
     grows = 2 * cache_elements(config, len(prompts), most_slots) > parameter_counts(config)["total"]
     slots = max(SMALLEST_GROWING, _bucket(longest + chunk_tokens)) if grows else most_slots
-    state = _start(config, params, prompts, limits, slots, sampling.seed, first_BV)
+    state = _start(config, params, prompts, limits, slots, sampling.seed, first_BV, decoding)
     chunks = [Chunk([], None)] * len(prompts)
     for index in range(num_chunks):
         needed = longest + (index + 1) * chunk_tokens
@@ -237,6 +244,7 @@ def _start(
     num_slots: int,
     seed: int,
     first_BV: np.ndarray | None,
+    decoding: DecodingConfig,
 ) -> DecodeState:
     """Prefill the prompts, each once however often it is repeated, into a cache of `num_slots` tokens a row."""
     shards = sharding.num_shards("batch")
@@ -248,7 +256,15 @@ def _start(
     for row, prompt in enumerate(distinct):
         tokens_BT[row, : len(prompt)] = prompt
     lengths_B = np.asarray([len(prompt) for prompt in distinct], np.int32)
-    prefilled = prefill(config, params, jnp.asarray(tokens_BT), jnp.asarray(lengths_B), num_slots)
+    prefilled = prefill(
+        config,
+        params,
+        jnp.asarray(tokens_BT),
+        jnp.asarray(lengths_B),
+        num_slots,
+        chunk_tokens=decoding.prefill_chunk,
+        in_int8=decoding.kv_cache == "int8",
+    )
     ends_B = np.asarray([len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)], np.int32)
     seen_BV = np.zeros((len(prompts), config.padded_vocab_size), bool)
     for row, prompt in enumerate(prompts):
