@@ -189,7 +189,7 @@ def decode_n_tokens(
     *,
     with_logprobs: bool = False,
 ) -> tuple[Drawn, DecodeState]:
-    """Draw `num_tokens` tokens for every row, which needs as many free slots in the cache.
+    """Draw `num_tokens` tokens for every row, which needs a free slot for each until the row is done.
 
     The trip count is static and rows that are done stay where they are, because a loop that asked after each token
     would make the host wait for the device. A token's randomness is its row's key folded with its position, so that

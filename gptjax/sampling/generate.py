@@ -28,6 +28,7 @@ from gptjax.sampling.decode import (
 )
 from gptjax.sampling.detokenize import FinishReason, TextStream
 from gptjax.sampling.filters import filter_settings
+from gptjax.sampling.memory import require_cache_fits
 
 SMALLEST_BUCKET = 16
 """Prompts and caches have a power of two of at least this many tokens, so that few lengths are compiled."""
@@ -179,7 +180,8 @@ def generate_tokens(
     Under a mesh the rows are filled up to a number that its batch axes divide.
 
     Raises:
-        UserError: at the call: a prompt leaves no room for a token in the context, or top_k exceeds the vocabulary.
+        UserError: at the call: a prompt leaves no room for a token in the context, top_k exceeds the vocabulary, or
+            the cache does not fit.
     """
     if sampling.top_k > config.vocab_size:
         raise UserError(f"top_k is {sampling.top_k}, but the vocabulary has {config.vocab_size} tokens; 0 is off")
@@ -193,6 +195,7 @@ def generate_tokens(
     limits = [min(sampling.max_tokens, config.context_length - len(prompt)) for prompt in prompts]
     if not prompts:
         return iter(())
+    require_cache_fits(config, decoding, len(prompts), _bucket(_longest(prompts, limits)))
     return _generate(config, params, prompts, limits, sampling, end_of_text_id, chunk_tokens, first_BV, decoding)
 
 
@@ -211,17 +214,17 @@ def _generate(
     settings = filter_settings(sampling)
     longest = max(map(len, prompts))
     num_chunks = math.ceil(max(limits) / chunk_tokens)
-    most_slots = _bucket(longest + num_chunks * chunk_tokens)
+    most_slots = _bucket(_longest(prompts, limits))
     # What is read for each token should not be mostly room for later ones. But where weights are most of what is read,
     # it is not worth the compilation of another size.
     grows = 2 * cache_elements(config, len(prompts), most_slots) > parameter_counts(config)["total"]
-    slots = max(SMALLEST_GROWING, _bucket(longest + chunk_tokens)) if grows else most_slots
+    slots = min(most_slots, max(SMALLEST_GROWING, _bucket(longest + chunk_tokens))) if grows else most_slots
     state = _start(config, params, prompts, limits, slots, sampling.seed, first_BV, decoding)
     chunks = [Chunk([], None)] * len(prompts)
     for index in range(num_chunks):
         needed = longest + (index + 1) * chunk_tokens
-        if needed > slots:
-            slots = _bucket(needed)
+        if slots < min(needed, most_slots):
+            slots = min(_bucket(needed), most_slots)
             state = with_slots(config, state, slots)
         drawn, state = decode_n_tokens(config, params, state, settings, end_of_text_id, chunk_tokens)
         rows = np.asarray(drawn.tokens_BN)[: len(prompts)].tolist()
@@ -277,6 +280,11 @@ def _start(
     filled = np.concatenate([first_BV, np.repeat(first_BV[-1:], len(prompts) - len(first_BV), axis=0)])
     allowed_BV = sharding.reshard(jnp.asarray(filled), "batch", "features")
     return state._replace(logits_BV=jnp.where(allowed_BV, state.logits_BV, -jnp.inf))
+
+
+def _longest(prompts: list[list[int]], limits: list[int]) -> int:
+    """Tokens of the longest row when it is done."""
+    return max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
 
 
 def _cut(token_ids: list[int], end_of_text_id: int, limit: int) -> Chunk:
