@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import ModelConfig
 from gptjax.model import kernels
-from gptjax.model.cache import LayerCache, key_positions, per_device, read, write
+from gptjax.model.cache import LayerCache, key_positions, read, write
 from gptjax.model.few_queries import MOST_FEW, few_queries_attention
 from gptjax.model.layers import Linear, Norm, rotate
 from gptjax.parallel import sharding
@@ -132,7 +132,7 @@ def attention_to_cache(
         scale = q_BTNH.shape[-1] ** -0.5
         return run(q_BTNH, k_BSKH, v_BSKH, *places, None, None, window=window, cap=softcap, scale=scale)
 
-    return per_device(local, q_BTNH, cache, place.positions, place.starts)
+    return sharding.per_device(local, q_BTNH, cache, place.positions, place.starts)
 
 
 class Attention(nn.Module):

@@ -8,8 +8,7 @@ Shape suffixes: B batch, T new tokens, S slots, K key/value heads, P pairs of a 
 dimension.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +103,7 @@ def write(cache: LayerCache, k_BTKH: jax.Array, v_BTKH: jax.Array, starts_B: jax
         (k_BTKH, k_scale), (v_BTKH, v_scale) = quantize(k_BTKH), quantize(v_BTKH)
         return LayerCache(*map(put, cache, (k_BTKH, v_BTKH, k_scale, v_scale)))
 
-    return per_device(local, cache, k_BTKH, v_BTKH, starts_B)
+    return sharding.per_device(local, cache, k_BTKH, v_BTKH, starts_B)
 
 
 def read(cache: LayerCache, num_rows: int, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -151,7 +150,7 @@ def resize(config: ModelConfig, cache: Cache, num_slots: int, call_tokens: int =
                 lambda x: jnp.take_along_axis(x, from_PS[..., None] if x.ndim == 3 else from_PS, axis=1), old
             )
 
-        return per_device(local, old, cache.lengths_B)
+        return sharding.per_device(local, old, cache.lengths_B)
 
     return Cache(tuple(map(layer, config.layer_windows, cache.layers)), cache.lengths_B)
 
@@ -176,15 +175,7 @@ def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
 
         return jax.tree.map(take, cache)
 
-    return per_device(local, cache, rows_B)
-
-
-def per_device(function: Callable[..., Any], cache: Any, *arguments: jax.Array) -> Any:
-    """`function` of each device's rows and heads, which gives something in the layout of `cache`."""
-    if not sharding.has_mesh():
-        return function(cache, *arguments)
-    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (cache, *arguments))
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(cache, *arguments)
+    return sharding.per_device(local, cache, rows_B)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

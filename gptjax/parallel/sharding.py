@@ -9,6 +9,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,17 @@ def unmark(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     if not layout.reduced:
         return x, lambda y: y
     return jax.sharding.reshard(x, P(*_entries(layout))), lambda y: jax.sharding.reshard(y, layout)
+
+
+def per_device(function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
+    """`function(like, *arguments)` of what each device has of them, giving arrays that are laid out as `like`.
+
+    For what treats rows and heads alone, in steps through which JAX does not follow their layout.
+    """
+    if not has_mesh():
+        return function(like, *arguments)
+    specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (like, *arguments))
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(like, *arguments)
 
 
 def map_layers(function: Callable[[jax.Array], jax.Array], stack_LDF: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ Shape suffixes: B batch, C candidates, X blocks, Y candidates of a block.
 import jax
 import jax.numpy as jnp
 
+from gptjax.parallel import sharding
 from gptjax.sampling.filters import Candidates
 
 BLOCK = 128
@@ -18,14 +19,18 @@ def draw(candidates: Candidates, keys_B: jax.Array) -> jax.Array:
     By inversion, first of the blocks' sums and then within the block, so that the rarest tokens of a large vocabulary
     are drawn as often as they should be, though a float32 random number has only 23 bits.
     """
+    candidates = jax.tree.map(lambda x: sharding.reshard(x, "batch", "features"), candidates)
+    return sharding.per_device(_draw, jax.vmap(jax.random.uniform, in_axes=(0, None))(keys_B, (2,)), candidates)[:, 0]
+
+
+def _draw(uniform_B2: jax.Array, candidates: Candidates) -> jax.Array:
     logits_BC = candidates.logits_BC
     weights_BC = jnp.exp(logits_BC - logits_BC.max(axis=-1, keepdims=True))
     B, C = weights_BC.shape
     weights_BXY = jnp.pad(weights_BC, [(0, 0), (0, -C % BLOCK)]).reshape(B, -1, BLOCK)
-    uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, 2))(keys_B)
     block_B = _invert(weights_BXY.sum(axis=-1), uniform_B2[:, 0])
     weights_BY = jnp.take_along_axis(weights_BXY, block_B[:, None, None], axis=1)[:, 0]
-    return candidates.tokens(block_B * BLOCK + _invert(weights_BY, uniform_B2[:, 1]))
+    return candidates.tokens(block_B * BLOCK + _invert(weights_BY, uniform_B2[:, 1]))[:, None]
 
 
 def _invert(weights_BX: jax.Array, uniform_B: jax.Array) -> jax.Array:

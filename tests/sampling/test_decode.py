@@ -174,11 +174,13 @@ def test_sharded(model, axes):
     """Three rows on two or four batch shards, or on devices that would split a sequence in training and do not here,
     heads and vocabulary split: the tokens of one device."""
     config, params = model
-    expected = new_tokens(model, PROMPTS, DRAWN)
+    unordered = dataclasses.replace(DRAWN, top_k=0)
+    expected = [new_tokens(model, PROMPTS, sampling) for sampling in (DRAWN, unordered, GREEDY)]
     mesh = make_mesh(MeshConfig(**axes, tensor=2), jax.devices()[: 2 * math.prod(axes.values())])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: GPT(config).init(jax.random.key(0), jnp.zeros((4, 8), jnp.int32))["params"])
         sharded = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
         )
-        assert new_tokens((config, sharded), PROMPTS, DRAWN) == expected
+        for sampling, tokens in zip((DRAWN, unordered, GREEDY), expected, strict=True):
+            assert new_tokens((config, sharded), PROMPTS, sampling) == tokens
