@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,24 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The rows of all arms at one batch size, ours first; written as JSON after every round, behind those `before`."""
     arms = make_arms(config, options, words, batch_size)
+
+    def figures(arm: Arm) -> dict[str, Any]:
+        model = dataclasses.replace(config.model, compute_dtype=arm.dtype)
+        return {"block_step_ms": [round(1000 * seconds, 3) for seconds in arm.seconds]} | measure.speed(
+            model, batch_size, arm.seconds, arm.facts.get("device", ""), 1
+        )
+
+    return take_turns(arms, options, words, before, lambda arm: {"batch_size": batch_size} | figures(arm))
+
+
+def take_turns(
+    arms: Sequence[Arm],
+    options: Any,
+    words: Sequence[str],
+    before: Sequence[dict[str, Any]],
+    figures: Callable[[Arm], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The rows of all arms after `options.rounds` turns of each, with their ratios to the first of their type."""
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"note: the machine is not idle (load {load:.1f})", file=sys.stderr)
@@ -199,7 +217,7 @@ def compare(
     }
 
     def rows() -> list[dict[str, Any]]:
-        return [common | _row(arm, arms, config, batch_size) for arm in arms]
+        return [common | _row(arm, arms, figures) for arm in arms]
 
     with ExitStack() as opened:
         for arm in arms:
@@ -210,7 +228,7 @@ def compare(
             for arm in arms:
                 if options.fresh and not arm.error:
                     arm.start()
-                for _ in range(options.blocks):
+                for _ in range(getattr(options, "blocks", 1)):
                     arm.block()
                 if options.fresh:
                     arm.finish()
@@ -220,15 +238,28 @@ def compare(
     return rows()
 
 
-def _row(arm: Arm, arms: Sequence[Arm], config: Config, batch_size: int) -> dict[str, Any]:
+def require_known(against: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: what decoding is to be compared with is unknown, or no checkout.
+    """
+    for other in against:
+        kind, _, path = other.partition("=")
+        require(
+            kind in ("nanogpt", "transformers", "gptfast"),
+            f"--against {other} is neither nanogpt=CHECKOUT, transformers nor gptfast=CHECKOUT",
+        )
+        if kind != "transformers":
+            require((Path(path) / "model.py").is_file(), f"{path or other} is no checkout of {kind}: no model.py")
+
+
+def _row(arm: Arm, arms: Sequence[Arm], figures: Callable[[Arm], dict[str, Any]]) -> dict[str, Any]:
     reference = next(other for other in arms if other.dtype == arm.dtype)
-    row = {"arm": arm.name, "dtype": arm.dtype, "batch_size": batch_size, **arm.facts}
+    row = {"arm": arm.name, "dtype": arm.dtype, **arm.facts}
     row["flags"] = " ".join(f"{k}={v}" for k, v in arm.environment.items() if k != "PYTHONPATH")
     if arm.error or not arm.seconds:
         return row | {"tokens_per_second": None, "mfu": None, "error": arm.error}
-    model = dataclasses.replace(config.model, compute_dtype=arm.dtype)
-    row |= measure.speed(model, batch_size, arm.seconds, arm.facts.get("device", ""), 1)
-    row["block_step_ms"] = [round(1000 * seconds, 3) for seconds in arm.seconds]
+    row |= figures(arm)
     if arm is not reference and reference.seconds:
         # Ours over the other: of tokens a second, so that more than 1 is good for ours.
         pairs = [theirs / ours for theirs, ours in zip(arm.seconds, reference.seconds, strict=False)]

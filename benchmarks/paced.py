@@ -1,4 +1,4 @@
-"""An arm of a comparison: a process that is warm, and runs one block of training steps whenever it is told to.
+"""An arm of a comparison: a process that is warm, and runs one block of steps, or one generation, when it is told to.
 
 Both sides use it, so that it needs no more than NumPy. On standard output an arm says `@ready`, then for each line that
 it reads the seconds of a block, and when its input ends what else it knows, as JSON. Other lines are its libraries'.
@@ -21,6 +21,11 @@ def made_batches(vocab_size: int, steps_per_dispatch: int, batch_size: int, cont
     draw = np.random.default_rng(0)
     shape = (steps_per_dispatch, batch_size, context_length + 1)
     return [draw.integers(0, vocab_size, shape, np.int32) for _ in range(NUM_BATCHES)]
+
+
+def made_prompts(vocab_size: int, batch_size: int, prompt_tokens: int) -> np.ndarray:
+    """Prompts that all arms continue, (B, T) int32."""
+    return np.random.default_rng(0).integers(0, vocab_size, (batch_size, prompt_tokens), np.int32)
 
 
 def serve(block: Callable[[], float], facts: Callable[[], dict[str, Any]]) -> None:

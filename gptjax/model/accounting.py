@@ -225,6 +225,21 @@ def cache_elements(config: ModelConfig, batch_size: int, num_slots: int, call_to
     return 2 * batch_size * slots * config.resolved_num_kv_heads * config.resolved_head_dim
 
 
+def decode_bytes(config: ModelConfig, batch_size: int, length: float, weight_bytes: float, cache_bytes: float) -> float:
+    """What one step of decoding has to read: each weight once, and the keys and values of `length` tokens of each row.
+
+    Args:
+        length: tokens of a row, of a whole generation their mean.
+        weight_bytes: of one weight.
+        cache_bytes: of one number of a key or value.
+    """
+    counts = parameter_counts(config)
+    looked_up = counts["positions"] + (0 if config.tie_embeddings else counts["embedding"])
+    seen = sum(min(length, window or length) for window in config.layer_windows)
+    cache = 2 * batch_size * seen * config.resolved_num_kv_heads * config.resolved_head_dim
+    return (counts["total"] - looked_up) * weight_bytes + cache * cache_bytes
+
+
 def peak_bandwidth(device_kind: str) -> float | None:
     """Bytes per second of one device's memory, or None where the table does not know it."""
     return PEAK_BYTES_PER_SECOND.get(device_kind)

@@ -14,6 +14,10 @@ from gptjax.model.xla_attention import accurate_einsum, by_head, by_token, seen
 MOST_FEW = 16
 """Queries a row up to which keys and values are read once and in place, however the logits lie."""
 
+LOOP_FROM = 2**20 if jax.__version_info__ >= (0, 11) else float("inf")
+"""Numbers of a cache's keys from which one query a head reads them faster in a loop than in XLA:CPU's batched product,
+which runs on one thread. Loops run on all, but were half as fast on each before XLA's emitters were rewritten."""
+
 
 def few_queries_attention(
     q_BTNH: jax.Array,
@@ -36,7 +40,11 @@ def few_queries_attention(
     P, S, _ = cache.k_PSH.shape
     dtype = q_BTNH.dtype
     q_PXH = by_head(q_BTNH, P // B).reshape(P, -1, H) * H**-0.5
-    logits_PXS = accurate_einsum("pxh,psh->pxs", q_PXH, cache.k_PSH.astype(dtype))
+    one_loop = q_PXH.shape[1] == 1 and cache.k_PSH.size >= LOOP_FROM and jax.default_backend() == "cpu"
+    if one_loop:
+        logits_PXS = (q_PXH.astype(jnp.float32) * cache.k_PSH).sum(axis=-1)[:, None]
+    else:
+        logits_PXS = accurate_einsum("pxh,psh->pxs", q_PXH, cache.k_PSH.astype(dtype))
     if cache.k_scale_PS is not None:
         logits_PXS = logits_PXS * cache.k_scale_PS[:, None]
     logits_BKGTS = softcap(logits_PXS, cap).reshape(B, P // B, -1, T, S)
@@ -45,5 +53,8 @@ def few_queries_attention(
     weights_PXS = jax.nn.softmax(logits_BKGTS, axis=-1).reshape(P, -1, S)
     if cache.v_scale_PS is not None:
         weights_PXS = weights_PXS * cache.v_scale_PS[:, None]
-    out_PXH = accurate_einsum("pxs,psh->pxh", weights_PXS.astype(dtype), cache.v_PSH.astype(dtype))
+    if one_loop:
+        out_PXH = (weights_PXS[:, 0, :, None] * cache.v_PSH).sum(axis=1)[:, None]
+    else:
+        out_PXH = accurate_einsum("pxs,psh->pxh", weights_PXS.astype(dtype), cache.v_PSH.astype(dtype))
     return by_token(out_PXH.astype(dtype).reshape(B, P // B, -1, H), T)

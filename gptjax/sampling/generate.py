@@ -212,6 +212,7 @@ def _generate(
 ) -> Iterator[list[Chunk]]:
     params = decoding_params(config, params)
     settings = filter_settings(sampling)
+    chunk_tokens = min(chunk_tokens, 1 << (max(limits) - 1).bit_length())
     longest = max(map(len, prompts))
     num_chunks = math.ceil(max(limits) / chunk_tokens)
     most_slots = _bucket(_longest(prompts, limits))
