@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 
 from gptjax import cli
@@ -17,27 +18,39 @@ def main(arguments: Sequence[str]) -> int:
     import jax
 
     from gptjax.parallel.mesh import one_device_mesh
+    from gptjax.sampling import speed
     from gptjax.sampling.generate import generate, stream
-    from gptjax.training.load import load_run
+    from gptjax.training.load import load_draft, load_run
 
     with jax.set_mesh(one_device_mesh()):
         run = load_run(directory, parsed.step)
+        draft = None if parsed.draft is None else load_draft(parsed.draft, run)
         prompts = [prompt for prompt in parsed.prompt for _ in range(parsed.num_samples)]
         model = (run.config.model, run.params, run.tokenizer)
         if parsed.json is None and len(prompts) == 1:
-            pieces = stream(*model, prompts[0], parsed.sampling, parsed.decoding)
+            pieces = stream(*model, prompts[0], parsed.sampling, parsed.decoding, draft)
             print(prompts[0], end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
-            return 0
-        completions = generate(*model, prompts, parsed.sampling, parsed.decoding)
-        if parsed.json is None:
-            print("\n\n---\n\n".join(c.prompt + c.text for c in completions))
-            return 0
-        with cli.open_output(parsed.json) as file:
-            for completion in completions:
-                print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False), file=file)
+        else:
+            completions = generate(*model, prompts, parsed.sampling, parsed.decoding, draft)
+            if parsed.json is None:
+                print("\n\n---\n\n".join(c.prompt + c.text for c in completions))
+            else:
+                with cli.open_output(parsed.json) as file:
+                    for completion in completions:
+                        print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False), file=file)
+        if parsed.timing:
+            longest = max(len(run.tokenizer.encode(prompt)) for prompt in prompts)
+            found = speed.measure(
+                run.config.model,
+                parsed.decoding,
+                longest,
+                parsed.sampling,
+                lambda s: [c.token_ids for c in generate(*model, prompts, s, parsed.decoding, draft)],
+            )
+            print(found.line(), file=sys.stderr)
     return 0
 
 

@@ -22,7 +22,7 @@ from gptjax.parallel import platform
 from gptjax.parallel.mesh import one_device_mesh
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.decode import decoding_params
-from gptjax.sampling.generate import generate_tokens
+from gptjax.sampling.rows import generate_tokens
 from gptjax.training.state import init_params
 
 ARMS = {

@@ -90,6 +90,10 @@ def _fields(values: Any) -> dict[str, Any]:
     return {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
 
 
+GUESSES_OF_A_DRAFT = 4
+"""At a time, where a draft was named and not their number."""
+
+
 @dataclass(frozen=True)
 class SampleArguments:
     """What `sample.py` was asked for."""
@@ -102,12 +106,19 @@ class SampleArguments:
     """Checkpoint to use: last, best, or a step's number."""
     json: str | None = None
     """File for one JSON object per text; - is standard output. None: plain text."""
+    draft: str | None = None
+    """Run whose model guesses tokens, a smaller one with the same tokenizer. None: draft_tokens come from the text."""
+    timing: bool = False
+    """Generate once more and print how long that took, without compiling: first token, each further one, bandwidth."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self):
         if self.num_samples < 1:
             raise UserError(f"num_samples is {self.num_samples}, but must be at least 1")
+        if self.draft is not None and not self.decoding.draft_tokens:
+            decoding = dataclasses.replace(self.decoding, draft_tokens=GUESSES_OF_A_DRAFT)
+            object.__setattr__(self, "decoding", decoding)
 
 
 def parse_sample(arguments: Sequence[str]) -> tuple[Path, SampleArguments]:

@@ -57,6 +57,10 @@ class DecodingConfig:
     prefill_chunk: int = 512
     """Most tokens of a prompt that go through the model at once, which bounds the memory of long ones."""
 
+    draft_tokens: int = 0
+    """Tokens guessed at a time, which one pass of the model checks: speculative decoding. 0: off."""
+
     def __post_init__(self):
         require_types("", self)
         require_range("", self, 1, MAX_INT, "prefill_chunk")
+        require_range("", self, 0, 15, "draft_tokens")

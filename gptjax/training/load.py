@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from gptjax.config import Config
+from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, Params
 from gptjax.resolve import default_compute_dtype
@@ -73,6 +73,21 @@ def load_run(
     number = _step_number(checkpoints, step, verify, log)
     params = checkpoint.restore_params(checkpoints, number, abstract_params(model))
     return Run(directory, config, tokenizer, model, params, number)
+
+
+def load_draft(directory: str | os.PathLike, run: Run) -> tuple[ModelConfig, Params]:
+    """Configuration and parameters of a run whose model is to guess for another's.
+
+    Raises:
+        UserError: as `load_run`, or it has another tokenizer.
+    """
+    draft = load_run(directory)
+    if draft.tokenizer.token_bytes() != run.tokenizer.token_bytes():
+        raise UserError(
+            f"the draft {directory} has another tokenizer ({draft.tokenizer.vocab_size} tokens) than {run.directory} "
+            f"({run.tokenizer.vocab_size}); train one with --tokenizer.path {run.directory / TOKENIZER_FILE}"
+        )
+    return draft.config.model, draft.params
 
 
 def _step_number(checkpoints: Path, step: int | str, verify: bool, log: Callable[[str], None]) -> int:

@@ -14,7 +14,7 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
-from gptjax.sampling.generate import generate_tokens
+from gptjax.sampling.rows import generate_tokens
 
 PROMPTS = [[7, 3, 250, 3, 9], [1], [*range(20, 31)]]
 END_OF_TEXT = 256

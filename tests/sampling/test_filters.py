@@ -48,7 +48,7 @@ def test_ranks():
 
 
 @pytest.mark.parametrize("find", [filters.threshold_by_halving, filters.threshold_by_sorting])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(logits=LOGITS, p=row_values(0, 1))
 def test_top_p(find, logits, p):
     """The set reaches p, is made of the likeliest, and without the last of them (and its equals) would not reach it."""

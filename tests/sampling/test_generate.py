@@ -8,7 +8,8 @@ import pytest
 from gptjax.errors import UserError
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.detokenize import TextStream
-from gptjax.sampling.generate import Completion, generate, generate_tokens, stream
+from gptjax.sampling.generate import Completion, generate, stream
+from gptjax.sampling.rows import generate_tokens
 
 HOT = SamplingConfig(max_tokens=40, temperature=1.3, seed=3)
 

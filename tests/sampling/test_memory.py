@@ -7,8 +7,8 @@ import pytest
 from gptjax.errors import UserError
 from gptjax.sampling import memory
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
-from gptjax.sampling.generate import generate_tokens
 from gptjax.sampling.memory import require_cache_fits
+from gptjax.sampling.rows import generate_tokens
 
 WHOLE = DecodingConfig()
 
@@ -34,8 +34,8 @@ def test_refused_with_what_fits(make_model, monkeypatch):
         require_cache_fits(config, WHOLE, 1, 16)
 
 
-def test_before_anything_runs(model):
-    """A million samples of one prompt: said at once, and the machine lives on."""
-    prompts = [[1, 2, 3]] * 10**7
-    with pytest.raises(UserError, match="keys and values of 10000000 rows of"):
-        generate_tokens(*model, prompts, SamplingConfig(max_tokens=50), 256)
+def test_before_anything_runs(model, monkeypatch):
+    """Said at the call, not at the first token."""
+    monkeypatch.setattr(memory, "_memory_bytes", lambda device: 1_000_000)
+    with pytest.raises(UserError, match="keys and values of 1000 rows of"):
+        generate_tokens(*model, [[1, 2, 3]] * 1000, SamplingConfig(max_tokens=50), 256)

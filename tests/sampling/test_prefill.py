@@ -7,10 +7,10 @@ import pytest
 
 from gptjax.model.cache import empty_cache, key_positions, resize, ring_slots
 from gptjax.model.gpt import GPT
-from gptjax.sampling import generate
+from gptjax.sampling import rows as rows_module
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
 from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
-from gptjax.sampling.generate import generate_tokens
+from gptjax.sampling.rows import generate_tokens
 
 RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(0, 256, n).tolist() for n in (30, 3, 17)]
@@ -81,7 +81,7 @@ def test_equal_prompts_are_prefilled_once(model, monkeypatch):
         seen.append(tokens.shape)
         return prefill(config, params, tokens, lengths, *rest, **more)
 
-    monkeypatch.setattr(generate, "prefill", spy)
+    monkeypatch.setattr(rows_module, "prefill", spy)
     prompts = [PROMPTS[0], PROMPTS[1], *[PROMPTS[0]] * 3]
     sampling = SamplingConfig(max_tokens=8, temperature=1.5)
     rows = [list(row) for row in zip(*generate_tokens(*model, prompts, sampling, -1, 8), strict=True)]
@@ -94,11 +94,11 @@ def test_equal_prompts_are_prefilled_once(model, monkeypatch):
 def test_a_growing_cache_draws_the_same(make_model, monkeypatch):
     """One that starts with the least it needs, and one that is whole from the start."""
     model = make_model(**LOCAL)
-    monkeypatch.setattr(generate, "SMALLEST_GROWING", 1)
+    monkeypatch.setattr(rows_module, "SMALLEST_GROWING", 1)
     sampling = SamplingConfig(max_tokens=40, temperature=1)
     texts = []
     for elements in (10**9, 0):
-        monkeypatch.setattr(generate, "cache_elements", lambda *_, elements=elements: elements)
+        monkeypatch.setattr(rows_module, "cache_elements", lambda *_, elements=elements: elements)
         texts.append(list(generate_tokens(*model, [PROMPTS[1]] * 2, sampling, -1, 8)))
     assert texts[0] == texts[1]
 
