@@ -20,6 +20,7 @@ from gptjax.errors import UserError
 from gptjax.model import remat
 from gptjax.model.attention import Attention, Placement
 from gptjax.model.cache import Cache, LayerCache
+from gptjax.model.int8 import Int8
 from gptjax.model.layers import (
     FeedForward,
     Norm,
@@ -29,6 +30,7 @@ from gptjax.model.layers import (
     look_up,
     matmul,
     normal,
+    parameter,
     sinusoid,
     softcap,
 )
@@ -86,7 +88,7 @@ def make_norm(config: ModelConfig, name: str) -> Norm:
 class Head(NamedTuple):
     """The parameters that make logits of the last hidden states."""
 
-    w_VD: jax.Array
+    w_VD: jax.Array | Int8
     """The token embedding, where the two are tied."""
     bias_V: jax.Array | None
 
@@ -167,9 +169,8 @@ class GPT(nn.Module):
         positions = sharding.reshard(positions, "batch", "sequence")
         if segment_ids is not None:
             segment_ids = sharding.reshard(segment_ids, "batch", "sequence")
-        embedding_VD = self.param(
-            "embedding", normal(c.initializer_std, "vocab", "embed"), (c.padded_vocab_size, c.model_dim)
-        )
+        shape = c.padded_vocab_size, c.model_dim
+        embedding_VD = parameter(self, "embedding", normal(c.initializer_std, "vocab", "embed"), shape)
         x_BTD = self._embed(embedding_VD, tokens_BT, positions).astype(dtype)
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         x_BTD = dropout(x_BTD, c.embedding_dropout, keys[0])
@@ -190,7 +191,7 @@ class GPT(nn.Module):
 
         head_VD = embedding_VD
         if not c.tie_embeddings:
-            head_VD = self.param("head", normal(c.initializer_std, "vocab", "embed"), embedding_VD.shape)
+            head_VD = parameter(self, "head", normal(c.initializer_std, "vocab", "embed"), shape)
         bias_V = None
         if c.head_bias:
             bias_V = self.param("head_bias", constant(0.0, "vocab"), (c.padded_vocab_size,))
@@ -199,12 +200,12 @@ class GPT(nn.Module):
             return output(head, x_BTD), cache
         return mask_padding(head_logits(c, head, x_BTD), c.vocab_size), cache
 
-    def _embed(self, embedding_VD: jax.Array, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
+    def _embed(self, embedding_VD: jax.Array | Int8, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
         # Rows are looked up in float32, so that their gradient is summed in float32: bfloat16 would
         # lose the small contributions to frequent tokens, and is 20 times slower on GPUs (xla#26371).
         c = self.config
         out_sharding = sharding.spec("batch", "sequence", "features")
-        x_BTD = look_up(sharding.gather(embedding_VD, "vocab", "embed"), tokens_BT)
+        x_BTD = look_up(embedding_VD, tokens_BT)
         if c.scale_embedding:
             x_BTD = x_BTD * c.model_dim**0.5
         if c.positions == "learned":

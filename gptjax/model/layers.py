@@ -6,19 +6,19 @@ Shape suffixes: B batch, T tokens, D model, F features out, H head dimension, N 
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gptjax.model import fp8
+from gptjax.model.int8 import Int8
 from gptjax.parallel import sharding
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def matmul(
-    x_BTD: jax.Array, w_DF: jax.Array, axes: tuple[str, str], order: str = "df", in_fp8: bool = False
+    x_BTD: jax.Array, w_DF: jax.Array | Int8, axes: tuple[str, str], order: str = "df", in_fp8: bool = False
 ) -> jax.Array:
     """`x @ w` in x's type, of a weight as it is stored.
 
@@ -26,11 +26,18 @@ def matmul(
     product in float32, in which that is accumulated anyway, and is summed over devices in float32.
 
     Args:
-        w_DF: in any type; in float32 where its gradient is asked for.
+        w_DF: in any type; in float32 where its gradient is asked for. One of `Int8` has none.
         axes: logical axes of `w`. That of F is the result's last, which is whole where F is `embed`.
         order: of w's dimensions; `fd` for one that is stored as its transpose.
         in_fp8: whether the operands of this product, and of the two of its gradient, are rounded to eight bits.
     """
+    if isinstance(w_DF, Int8):
+        return _int8_matmul(x_BTD, w_DF, axes, order)
+    return _matmul(x_BTD, w_DF, axes, order, in_fp8)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _matmul(x_BTD, w_DF, axes, order, in_fp8):
     return _matmul_forward(x_BTD, w_DF, axes, order, in_fp8)[0]
 
 
@@ -52,7 +59,15 @@ def _matmul_backward(axes, order, in_fp8, kept, dy_BTF):
     return dx_BTD, sharding.reshard(weight_gradient(x_BTD, dy_BTF, axes, order, exact), *axes)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _int8_matmul(x_BTD: jax.Array, w_DF: Int8, axes: tuple[str, str], order: str) -> jax.Array:
+    # Together, or XLA would convert them once, before a loop over tokens, and keep what eight bits are to save.
+    x_BTD, values_DF = jax.lax.optimization_barrier((x_BTD, sharding.gather(w_DF.values, *axes)))
+    y_BTF = _product(x_BTD, values_DF.astype(x_BTD.dtype), axes, order, precision(x_BTD))
+    scale_F = sharding.gather(w_DF.scale, axes[order.index("f")])
+    return (y_BTF * scale_F.reshape((1,) * (y_BTF.ndim - 1) + scale_F.shape)).astype(x_BTD.dtype)
 
 
 def weight_gradient(
@@ -110,6 +125,13 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return y.astype(x.dtype)
 
 
+def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
+    """`module.param(name, init, shape)`, but for `Int8`, of which Flax could not check the shape."""
+    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), Int8):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape)
+
+
 class Linear(nn.Module):
     """A dense layer with weight `w` of shape (D, F) and an optional bias `b` of shape (F,)."""
 
@@ -122,7 +144,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         shape = (x_BTD.shape[-1], self.features)
-        w_DF = self.param("w", normal(self.init_std, *self.axes), shape)
+        w_DF = parameter(self, "w", normal(self.init_std, *self.axes), shape)
         y_BTF = matmul(x_BTD, w_DF, self.axes, in_fp8=self.fp8)
         if self.bias:
             b_F = self.param("b", constant(0.0, self.axes[1]), (self.features,))
@@ -227,8 +249,15 @@ def dropout(x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep_BTD, x_BTD / (1.0 - rate), 0)
 
 
-def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Rows of a table, (B, T, D). Where devices split the vocabulary, each looks up its own, and they add up."""
+def look_up(table_VD: jax.Array | Int8, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of a table that is stored in pieces, (B, T, D).
+
+    Where devices split the vocabulary, each looks up its own, and they add up.
+    """
+    if isinstance(table_VD, Int8):
+        rows_BTD = look_up(table_VD.values, tokens_BT).astype(jnp.float32)
+        return rows_BTD * look_up(table_VD.scale[:, None], tokens_BT)
+    table_VD = sharding.gather(table_VD, "vocab", "embed")
     out_sharding = sharding.spec("batch", "sequence", "features")
     if sharding.num_shards("vocab") == 1:
         return table_VD.at[tokens_BT].get(out_sharding=out_sharding)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache, empty_cache, resize, take_rows
 from gptjax.model.gpt import GPT, Params, head_logits, mask_padding, unstack
+from gptjax.model.int8 import Int8, quantize
 from gptjax.parallel import sharding
-from gptjax.parallel.precision import MATRICES, compute_copy, compute_dtype
+from gptjax.parallel.precision import MATRICES, compute_dtype
 from gptjax.sampling.draw import draw
 from gptjax.sampling.filters import Setting, apply_filters, likeliest, one_hot
 from gptjax.training.losses import loss_of_labels
@@ -62,11 +63,24 @@ class Drawn(NamedTuple):
     """Log-probability of each by the model alone, whatever filters made of it, if asked for; 0 once a row is done."""
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def decoding_params(config: ModelConfig, params: Params) -> Params:
-    """Parameters as the loop reads them: matrices in the compute type and layers unstacked, once and not per token."""
-    params = compute_copy(params, compute_dtype(config), MATRICES_READ)
-    return params | {"blocks": unstack(params["blocks"])}
+@functools.partial(jax.jit, static_argnames=("config", "in_int8"))
+def decoding_params(config: ModelConfig, params: Params, in_int8: bool = False) -> Params:
+    """Parameters as the loop reads them: matrices in the compute type and layers unstacked, once and not per token.
+
+    What has been made so before comes back as it is.
+
+    Args:
+        in_int8: whether matrices are rounded to eight bits, with a scale for each output.
+    """
+
+    def made(path: tuple, leaf: jax.Array | Int8) -> jax.Array | Int8:
+        name = path[-1].key
+        if name not in MATRICES_READ or isinstance(leaf, Int8):
+            return leaf
+        return quantize(leaf, axis=0 if name == "w" else 1) if in_int8 else leaf.astype(compute_dtype(config))
+
+    params = params | {"blocks": unstack(params["blocks"])}
+    return jax.tree_util.tree_map_with_path(made, params, is_leaf=lambda leaf: isinstance(leaf, Int8))
 
 
 @functools.partial(

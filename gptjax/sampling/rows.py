@@ -98,7 +98,7 @@ def generate_tokens(
         return iter(())
     require_cache_fits(config, decoding, len(prompts), _bucket(_longest(prompts, limits) + decoding.draft_tokens))
     task = _Task(config, prompts, limits, sampling, decoding, end_of_text_id, first_BV)
-    return _chunks(task, decoding_params(config, params), draft, chunk_tokens)
+    return _chunks(task, decoding_params(config, params, decoding.weights == "int8"), draft, chunk_tokens)
 
 
 def _require_alike(config: ModelConfig, draft: ModelConfig) -> None:
@@ -222,7 +222,7 @@ def _speculate(task: _Task, params: Params, draft: Draft | None, chunk_tokens: i
             text_BS[row, : len(prompt)] = prompt
         text_BS = sharding.reshard(jnp.asarray(text_BS), "batch", "keys")
     else:
-        draft = Draft(draft.config, decoding_params(*draft))
+        draft = Draft(draft.config, decoding_params(*draft, task.decoding.weights == "int8"))
         cache = task.start(task.prefill(draft, slots, calls)).cache
         model = {"draft_config": draft.config, "draft_params": draft.params}
     state, rounds = start_speculating(decode, cache, text_BS), math.ceil(chunk_tokens / (guesses + 1))

@@ -30,10 +30,8 @@ class Speed(NamedTuple):
     def line(self) -> str:
         each = "" if self.seconds_per_token is None else f", then {1000 * self.seconds_per_token:.2f} ms a token"
         share = "unknown" if self.bandwidth_share is None else f"{self.bandwidth_share:.0%}"
-        return (
-            f"first token after {1000 * self.first_token_seconds:.1f} ms{each}; {self.tokens_per_second:,.0f} tokens/s, "
-            f"share of the memory's bandwidth {share}"
-        )
+        first = f"first token after {1000 * self.first_token_seconds:.1f} ms"
+        return f"{first}{each}; {self.tokens_per_second:,.0f} tokens/s; share of the memory's bandwidth {share}"
 
 
 def measure(
