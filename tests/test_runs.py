@@ -14,6 +14,7 @@ import pytest
 import sample
 import train
 from gptjax import cli
+from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.load import load_run
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run_dir import MAY_CHANGE
@@ -309,10 +310,7 @@ def test_how_a_run_is_sampled_changes_no_greedy_text(uninterrupted, inside, caps
 
 
 def test_a_draft_with_another_tokenizer(uninterrupted, inside, monkeypatch, refusal):
-    from gptjax.text.tokenizer import Tokenizer
-
-    own = Tokenizer.token_bytes
-    number = itertools.count()
+    own, number = Tokenizer.token_bytes, itertools.count()
     monkeypatch.setattr(Tokenizer, "token_bytes", lambda self: [*own(self), b"x" * next(number)])
     error = refusal(sample.main, "runs/uninterrupted", "--draft", "runs/uninterrupted")
     assert "another tokenizer" in error
@@ -330,7 +328,6 @@ def test_a_draft_with_another_tokenizer(uninterrupted, inside, monkeypatch, refu
         (["runs/uninterrupted", "--top-k", "1000000"], ["top_k", "vocabulary"]),
         (["runs/uninterrupted", "--stop", ""], ["stop string is empty"]),
         (["runs/uninterrupted", "--draft-tokens", "99"], ["draft_tokens is 99", "between 0 and 15"]),
-        (["runs/uninterrupted", "--prefill-chunk", "0"], ["prefill_chunk is 0"]),
     ],
 )
 def test_bad_sampling_is_one_line(uninterrupted, inside, arguments, expected, refusal):
