@@ -43,14 +43,16 @@ def main(arguments: Sequence[str]) -> int:
                         print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False), file=file)
         if parsed.timing:
             longest = max(len(run.tokenizer.encode(prompt)) for prompt in prompts)
+            guesses = []
             found = speed.measure(
                 run.config.model,
                 parsed.decoding,
                 longest,
                 parsed.sampling,
-                lambda s: [c.token_ids for c in generate(*model, prompts, s, parsed.decoding, draft)],
+                lambda s: [c.token_ids for c in generate(*model, prompts, s, parsed.decoding, draft, guesses.append)],
             )
-            print(found.line(), file=sys.stderr)
+            kept = f"; {guesses[-1].kept} of {guesses[-1].made} guesses were right" if guesses else ""
+            print(found.line() + kept, file=sys.stderr)
     return 0
 
 

@@ -15,13 +15,28 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SECONDS = {"numerics": 180, "train-124m": 480, "train-large": 510, "decode": 180, "profile": 150}
+SECONDS = {"numerics": 120, "train-124m": 450, "train-large": 480, "decode": 300, "profile": 150}
 """Of each part, 25 minutes together; a measurement is started only while a quarter of its own time is left."""
 SAME_AS_NANOGPT = ["--model.bias", "False", "--model.norm-bias", "False"]
 TINY = [
     *("--vocab-size", "61", "--model.num-layers", "2", "--model.model-dim", "32", "--model.num-heads", "4"),
     *("--model.context-length", "32"),
 ]
+LLAMA_1B = [
+    *("--model.num-layers", "16", "--model.model-dim", "2048", "--model.num-heads", "32", "--model.num-kv-heads", "8"),
+    *(
+        "--model.head-dim",
+        "64",
+        "--model.ffn-dim",
+        "8192",
+        "--model.qk-norm",
+        "False",
+        "--model.context-length",
+        "2048",
+    ),
+    *("--model.tie-embeddings", "True", "--model.logit-softcap", "0.0", "--vocab-size", "128256"),
+]
+"""The shape of Llama 3.2 1B."""
 KERNELS = [f"{kernel}: --model.attention-kernel {kernel}" for kernel in ("xla", "cudnn")]
 """Where cuDNN's is what is chosen anyway, its ratio says how large noise is."""
 
@@ -95,9 +110,23 @@ def jobs(part: str, dry_run: bool, nanogpt: str | None, gigabytes: float, out: P
         return [*found, speed("350M, batches", "gpt2_355m", [32, 16], seconds=120)]
     if part == "decode":
         lengths = [] if dry_run else ["--prompt-tokens", "128", "--new-tokens", "256"]
-        sizes = ["--batch-sizes", "1", "2"] if dry_run else ["--batch-sizes", "1", "8", "32"]
-        words = ["configs/gpt2_124m.py", *tiny, *lengths, *sizes, "--temperature", "0"]
-        return [smoke, Job("124M, decode", "decode_speed.py", words)]
+
+        def decode(label: str, config: str, batches: list[int], *more: str, seconds: float) -> Job:
+            sizes = ["--batch-sizes", *map(str, [1, 2] if dry_run else batches)]
+            words = [f"configs/{config}.py", *more, *tiny, *lengths, *sizes, "--rounds", "2" if dry_run else "3"]
+            return Job(label, "decode_speed.py", words, seconds)
+
+        others = []
+        if torch_python() and importlib.util.find_spec("transformers") and not dry_run:
+            others = ["--against", "transformers", "--modes", "eager", "static", "--against-python", torch_python()]
+            others += ["--dtypes", "bfloat16"]
+        fast = ["--against", f"gptfast={os.environ['GPTFAST']}"] if others and "GPTFAST" in os.environ else []
+        return [
+            smoke,
+            decode("1B, decode", "modern_1_5b", [1, 32], *([] if dry_run else LLAMA_1B), *others, *fast, seconds=150),
+            decode("124M, decode", "gpt2_124m", [1, 8, 32, 128], *others, seconds=120),
+            decode("1.5B, decode", "gpt2_1558m", [1, 32], seconds=90),
+        ]
     trace = ["--profile", str(out / "trace")]
     return [speed("124M, profile", "gpt2_124m", [32], *trace, seconds=140)]
 

@@ -36,7 +36,7 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess:
     ("script", "options"),
     [
         ("train_speed.py", ["--batch-sizes", "2", "4", "--blocks", "2", "--steps", "2"]),
-        ("decode_speed.py", ["--batch-sizes", "1", "2", "--repeats", "2"]),
+        ("decode_speed.py", ["--batch-sizes", "1", "2", "--rounds", "2"]),
     ],
 )
 def test_a_row_for_each_batch_size(script, options):

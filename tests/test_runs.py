@@ -1,5 +1,6 @@
 """Whole runs through the entry points: what a user meets, including kills, resumes and refusals."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import sample
 import train
 from gptjax import cli
+from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.load import load_run
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run_dir import MAY_CHANGE
@@ -293,6 +295,27 @@ def test_sampling_a_run(uninterrupted, inside, capsys, tmp_path):
     assert len({r["text"] for r in records}) > 1
 
 
+def test_how_a_run_is_sampled_changes_no_greedy_text(uninterrupted, inside, capsys):
+    """With guesses of the run itself or of the text, or prompts in pieces; eight bits work; and it can be timed."""
+    options = ["runs/uninterrupted", "--prompt", "the ", "--max-tokens", "6", "--temperature", "0"]
+    assert sample.main(options) == 0
+    expected = capsys.readouterr().out
+    for more in (["--draft", "runs/uninterrupted", "--timing"], ["--draft-tokens", "2"], ["--prefill-chunk", "1"]):
+        assert sample.main([*options, *more]) == 0
+        said = capsys.readouterr()
+        assert said.out == expected
+        assert ("first token after" in said.err) == ("--timing" in more)
+    assert sample.main([*options, "--weights", "int8", "--kv-cache", "int8"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+
+
+def test_a_draft_with_another_tokenizer(uninterrupted, inside, monkeypatch, refusal):
+    own, number = Tokenizer.token_bytes, itertools.count()
+    monkeypatch.setattr(Tokenizer, "token_bytes", lambda self: [*own(self), b"x" * next(number)])
+    error = refusal(sample.main, "runs/uninterrupted", "--draft", "runs/uninterrupted")
+    assert "another tokenizer" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -301,6 +324,10 @@ def test_sampling_a_run(uninterrupted, inside, capsys, tmp_path):
         (["runs/uninterrupted", "--step", "newest"], ["newest", "last"]),
         (["runs/uninterrupted", "--prompt", "the cat sat on a mat " * 20], ["16"]),
         (["runs/uninterrupted", "--temperature", "-1"], ["temperature"]),
+        (["runs/uninterrupted", "--temperature", "nan"], ["temperature"]),
+        (["runs/uninterrupted", "--top-k", "1000000"], ["top_k", "vocabulary"]),
+        (["runs/uninterrupted", "--stop", ""], ["stop string is empty"]),
+        (["runs/uninterrupted", "--draft-tokens", "99"], ["draft_tokens is 99", "between 0 and 15"]),
     ],
 )
 def test_bad_sampling_is_one_line(uninterrupted, inside, arguments, expected, refusal):

@@ -64,3 +64,8 @@ class DecodingConfig:
         require_types("", self)
         require_range("", self, 1, MAX_INT, "prefill_chunk")
         require_range("", self, 0, 15, "draft_tokens")
+
+    @property
+    def call_tokens(self) -> int:
+        """What `empty_cache` has to know: that of guesses a cache is written ahead of its text, and then set back."""
+        return self.draft_tokens + 2 if self.draft_tokens else 1

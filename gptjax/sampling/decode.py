@@ -63,16 +63,21 @@ class Drawn(NamedTuple):
     """Log-probability of each by the model alone, whatever filters made of it, if asked for; 0 once a row is done."""
 
 
-@functools.partial(jax.jit, static_argnames=("config", "in_int8"))
 def decoding_params(config: ModelConfig, params: Params, in_int8: bool = False) -> Params:
     """Parameters as the loop reads them: matrices in the compute type and layers unstacked, once and not per token.
 
-    What has been made so before comes back as it is.
+    What has been made so before comes back as it is, and is not copied.
 
     Args:
         in_int8: whether matrices are rounded to eight bits, with a scale for each output.
     """
+    if isinstance(params["blocks"], list) and isinstance(params["embedding"], Int8) >= in_int8:
+        return params
+    return _decoding_params(config, params, in_int8)
 
+
+@functools.partial(jax.jit, static_argnames=("config", "in_int8"))
+def _decoding_params(config: ModelConfig, params: Params, in_int8: bool) -> Params:
     def made(path: tuple, leaf: jax.Array | Int8) -> jax.Array | Int8:
         name = path[-1].key
         if name not in MATRICES_READ or isinstance(leaf, Int8):
@@ -109,7 +114,8 @@ def prefill(
             The first chunk sees itself, with the kernels that training has; the others see the cache.
         call_tokens: as `empty_cache` takes it, of the calls to come.
         in_int8: as `empty_cache` takes it. The first chunk sees what is not rounded.
-        with_logprobs: whether the prompts' own log-probabilities are computed, from the same pass.
+        with_logprobs: whether the prompts' own log-probabilities are computed, from the same pass: with logits of a
+            whole chunk.
     """
     B, T = tokens_BT.shape
     num_chunks = -(-T // chunk_tokens)
@@ -128,7 +134,7 @@ def prefill(
         def output(head, x_BCD):
             last_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
             logits_BV = _sampling_layout(mask_padding(head_logits(config, head, last_B1D), config.vocab_size))
-            nll_BC = loss_of_labels(config, labels_BC, 1024)(head, x_BCD)[0] if with_logprobs else None
+            nll_BC = loss_of_labels(config, labels_BC)(head, x_BCD)[0] if with_logprobs else None
             return logits_BV, nll_BC
 
         (logits_BV, nll_BC), cache = model.apply(variables, inputs_BC, cache=cache, in_order=is_first, output=output)

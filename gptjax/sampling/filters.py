@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
 
 Setting = jax.Array | np.ndarray | float
@@ -46,8 +47,11 @@ class Candidates(NamedTuple):
         """(B, V), at each candidate its value and elsewhere 0."""
         if self.ids_BC is None:
             return values_BC
-        rows_B1 = jnp.arange(len(like_BV))[:, None]
-        return jnp.zeros_like(like_BV, values_BC.dtype).at[rows_B1, self.ids_BC].set(values_BC)
+
+        def put(zeros_BV: jax.Array, values_BC: jax.Array, ids_BC: jax.Array) -> jax.Array:
+            return zeros_BV.at[jnp.arange(len(ids_BC))[:, None], ids_BC].set(values_BC)
+
+        return sharding.per_device(put, jnp.zeros_like(like_BV, values_BC.dtype), values_BC, self.ids_BC)
 
 
 def repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty: Setting) -> jax.Array:

@@ -4,7 +4,7 @@ Shape suffixes: B batch, V padded vocabulary.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import Params
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
 from gptjax.sampling.detokenize import FinishReason, TextStream
-from gptjax.sampling.rows import CHUNK_TOKENS, DEFAULT_DECODING, Chunk, generate_tokens
+from gptjax.sampling.rows import CHUNK_TOKENS, DEFAULT_DECODING, Chunk, Guesses, generate_tokens
 
 STREAM_CHUNK_TOKENS = 8
 """Tokens drawn between two looks, where someone is reading along."""
@@ -56,17 +56,18 @@ def generate(
     sampling: SamplingConfig = DEFAULT_SAMPLING,
     decoding: DecodingConfig = DEFAULT_DECODING,
     draft: tuple[ModelConfig, Params] | None = None,
+    on_guesses: Callable[[Guesses], object] | None = None,
 ) -> list[Completion]:
     """Continue all prompts in one batch. Repeat a prompt to get several samples of it.
 
     Args:
-        draft: as `generate_tokens` takes it.
+        draft: as `generate_tokens` takes it, and `on_guesses`.
 
     Raises:
         UserError: a prompt leaves no room in the context, the tokenizer loses some of it, or model, tokenizer and
             sampling do not fit.
     """
-    chunks, rows = _start_texts(config, params, tokenizer, prompts, sampling, decoding, draft, CHUNK_TOKENS)
+    chunks, rows = _start_texts(config, params, tokenizer, prompts, sampling, decoding, draft, CHUNK_TOKENS, on_guesses)
     texts = [""] * len(rows)
     for chunk in chunks:
         texts = [text + row.push(*tokens) for text, row, tokens in zip(texts, rows, chunk, strict=True)]
@@ -113,6 +114,7 @@ def _start_texts(
     decoding: DecodingConfig,
     draft: tuple[ModelConfig, Params] | None,
     chunk_tokens: int,
+    on_guesses: Callable[[Guesses], object] | None = None,
 ) -> tuple[Iterator[list[Chunk]], list[TextStream]]:
     """The chunks to come, and for each prompt the text to put them into."""
     if tokenizer.vocab_size != config.vocab_size:
@@ -132,6 +134,7 @@ def _start_texts(
     encoded = [ids[: len(ids) - len(space)] for ids, space in zip(encoded, given, strict=True)]
     first_BV = np.stack([begins_V if space else np.ones_like(begins_V) for space in given]) if any(given) else None
     chunks = generate_tokens(
-        config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens, first_BV, decoding, draft
+        *(config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens),
+        *(first_BV, decoding, draft, on_guesses),
     )
     return chunks, [TextStream(token_bytes, sampling.stop, space) for space in given]

@@ -12,28 +12,39 @@ from gptjax.parallel.precision import compute_dtype
 from gptjax.sampling.config import DecodingConfig
 
 
-def require_cache_fits(config: ModelConfig, decoding: DecodingConfig, num_rows: int, num_slots: int) -> None:
+def require_cache_fits(
+    config: ModelConfig, decoding: DecodingConfig, num_rows: int, num_slots: int, draft: ModelConfig | None = None
+) -> None:
     """Refuse a cache that no device has the memory for beside the weights, of which each holds its share.
 
     Args:
         num_rows: rows of the batch.
         num_slots: tokens of each row, prompt and all that may follow.
+        draft: a model that guesses and so has weights and a cache, too.
 
     Raises:
         UserError: it does not fit; says what would.
     """
     device = jax.local_devices()[0]
     memory = _memory_bytes(device)
-    width = compute_dtype(config).itemsize
-    weights = parameter_counts(config)["total"] * (1 if decoding.weights == "int8" else width)
-    weights /= sharding.num_shards("heads")
-    free = memory - weights
+    models = [config] if draft is None else [config, draft]
 
-    def needed(rows: int, slots: int) -> float:
+    def weight_bytes(config: ModelConfig) -> float:
+        each = 1 if decoding.weights == "int8" else compute_dtype(config).itemsize
+        return parameter_counts(config)["total"] * each / sharding.num_shards("heads")
+
+    def cache_bytes(config: ModelConfig, rows: int, slots: int) -> float:
         heads = config.resolved_head_dim
         # A scale of four bytes stands beside each head's eight-bit numbers.
-        each = (heads + 4) / heads if decoding.kv_cache == "int8" else width
-        return cache_elements(config, rows, slots) * each / sharding.num_shards("row_heads")
+        each = (heads + 4) / heads if decoding.kv_cache == "int8" else compute_dtype(config).itemsize
+        elements = cache_elements(config, rows, slots, decoding.call_tokens)
+        return elements * each / sharding.num_shards("row_heads")
+
+    def needed(rows: int, slots: int) -> float:
+        return sum(cache_bytes(model, rows, slots) for model in models)
+
+    weights = sum(map(weight_bytes, models))
+    free = memory - weights
 
     if needed(num_rows, num_slots) <= free:
         return

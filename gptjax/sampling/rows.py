@@ -4,7 +4,7 @@ Shape suffixes: B batch, T prompt tokens, S slots, V padded vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -47,6 +47,15 @@ class Draft(NamedTuple):
     params: Params
 
 
+class Guesses(NamedTuple):
+    """How good a draft was so far."""
+
+    kept: int
+    """Guesses that became text, of all rows, of"""
+    made: int
+    """those that there were."""
+
+
 class Chunk(NamedTuple):
     """Some further tokens of one row."""
 
@@ -65,6 +74,7 @@ def generate_tokens(
     first_BV: np.ndarray | None = None,
     decoding: DecodingConfig = DEFAULT_DECODING,
     draft: tuple[ModelConfig, Params] | None = None,
+    on_guesses: Callable[[Guesses], object] | None = None,
 ) -> Iterator[list[Chunk]]:
     """Continue prompts of token ids, yielding each time a `Chunk` for every row, until all rows are finished.
 
@@ -73,17 +83,15 @@ def generate_tokens(
     the caller to see, who may leave the iterator at any time. The chunk's size does not change what is drawn.
 
     `first_BV` says which tokens a row may begin with; None: any. With `decoding.draft_tokens`, `draft` guesses, or if
-    there is none the text so far, in which the latest repetition of its end is continued.
+    there is none the text so far, in which the latest repetition of its end is continued; `on_guesses` hears with each
+    chunk how many of them were kept.
 
     Under a mesh the rows are filled up to a number that its batch axes divide.
 
     Raises:
-        UserError: at the call: a prompt leaves no room for a token in the context, top_k exceeds the vocabulary, or
-            the cache does not fit.
+        UserError: at the call: a prompt leaves no room for a token in the context, top_k exceeds the vocabulary, the
+            cache does not fit, or the draft has other tokens, too short a context, or nothing to guess.
     """
-    if draft is not None:
-        draft = Draft(*draft)
-        _require_alike(config, draft.config)
     if sampling.top_k > config.vocab_size:
         raise UserError(f"top_k is {sampling.top_k}, but the vocabulary has {config.vocab_size} tokens; 0 is off")
     prompts = [list(prompt) or [end_of_text_id] for prompt in prompts]
@@ -96,32 +104,43 @@ def generate_tokens(
     limits = [min(sampling.max_tokens, config.context_length - len(prompt)) for prompt in prompts]
     if not prompts:
         return iter(())
-    require_cache_fits(config, decoding, len(prompts), _bucket(_longest(prompts, limits) + decoding.draft_tokens))
+    longest_end = _longest(prompts, limits)
+    if draft is not None:
+        draft = Draft(*draft)
+        _require_draft_fits(config, decoding, draft.config, longest_end)
+    slots = _bucket(longest_end + decoding.draft_tokens)
+    require_cache_fits(config, decoding, len(prompts), slots, draft and draft.config)
     task = _Task(config, prompts, limits, sampling, decoding, end_of_text_id, first_BV)
-    return _chunks(task, decoding_params(config, params, decoding.weights == "int8"), draft, chunk_tokens)
+    params = decoding_params(config, params, decoding.weights == "int8")
+    chunk_tokens = min(chunk_tokens, 1 << (max(limits) - 1).bit_length())
+    if decoding.draft_tokens:
+        return _chunks(task, _speculate(task, params, draft, chunk_tokens, on_guesses))
+    return _chunks(task, _decode(task, params, chunk_tokens))
 
 
-def _require_alike(config: ModelConfig, draft: ModelConfig) -> None:
+def _require_draft_fits(config: ModelConfig, decoding: DecodingConfig, draft: ModelConfig, longest_end: int) -> None:
     """
     Raises:
-        UserError: the draft has other tokens, or fewer positions.
+        UserError: the draft has other tokens, too few positions for the longest text, or nothing to guess.
     """
-    for name in ("vocab_size", "padded_vocab_size", "context_length"):
+    if not decoding.draft_tokens:
+        raise UserError("a draft was given, but draft_tokens is 0, so that it guesses nothing; 4 is usual")
+    for name in ("vocab_size", "padded_vocab_size"):
         ours, theirs = getattr(config, name), getattr(draft, name)
-        if theirs < ours if name == "context_length" else theirs != ours:
+        if theirs != ours:
             raise UserError(
                 f"the draft's model.{name} is {theirs}, and the model's {ours}; take a draft that was trained with the "
-                "same tokenizer and at least the same context"
+                "same tokenizer"
             )
+    if draft.context_length < longest_end:
+        raise UserError(
+            f"the draft's model.context_length is {draft.context_length}, but the longest text may have {longest_end} "
+            f"tokens; ask for {longest_end - draft.context_length} fewer, or take a draft with a longer context"
+        )
 
 
-def _chunks(task: "_Task", params: Params, draft: Draft | None, chunk_tokens: int) -> Iterator[list[Chunk]]:
-    chunk_tokens = min(chunk_tokens, 1 << (max(task.limits) - 1).bit_length())
-    steps = (
-        _speculate(task, params, draft, chunk_tokens)
-        if task.decoding.draft_tokens
-        else _decode(task, params, chunk_tokens)
-    )
+def _chunks(task: "_Task", steps: Iterator[list[list[int]]]) -> Iterator[list[Chunk]]:
+    """What the steps give each row, cut at its end."""
     chunks, left = [Chunk([], None)] * len(task.prompts), list(task.limits)
     for rows in steps:
         chunks = [
@@ -162,9 +181,9 @@ class _Task:
         self.ends_B = np.asarray(filled([len(p) + n for p, n in zip(prompts, limits, strict=True)]), np.int32)
         self.first_BV = None if first_BV is None else np.stack(filled(list(first_BV)))
 
-    def prefill(self, model: Draft, num_slots: int, call_tokens: int = 1) -> Prefilled:
+    def prefill(self, model: Draft, num_slots: int) -> Prefilled:
         """Run the distinct prompts into a cache of `num_slots` tokens a row."""
-        T = min(_bucket(self.longest), self.config.context_length)
+        T = min(_bucket(self.longest), model.config.context_length)
         tokens_BT = np.zeros((len(self.distinct), T), np.int32)
         for row, prompt in enumerate(self.distinct):
             tokens_BT[row, : len(prompt)] = prompt
@@ -175,7 +194,7 @@ class _Task:
             lengths_B,
             num_slots,
             chunk_tokens=self.decoding.prefill_chunk,
-            call_tokens=call_tokens,
+            call_tokens=self.decoding.call_tokens,
             in_int8=self.decoding.kv_cache == "int8",
         )
 
@@ -210,11 +229,17 @@ def _decode(task: _Task, params: Params, chunk_tokens: int) -> Iterator[list[lis
         needed += chunk_tokens
 
 
-def _speculate(task: _Task, params: Params, draft: Draft | None, chunk_tokens: int) -> Iterator[list[list[int]]]:
+def _speculate(
+    task: _Task,
+    params: Params,
+    draft: Draft | None,
+    chunk_tokens: int,
+    on_guesses: Callable[[Guesses], object] | None,
+) -> Iterator[list[list[int]]]:
     """The same with guesses, in a cache that is whole from the start."""
     guesses = task.decoding.draft_tokens
-    slots, calls = _bucket(task.longest_end + guesses), guesses + 2
-    decode = task.start(task.prefill(Draft(task.config, params), slots, calls))
+    slots = _bucket(task.longest_end + guesses)
+    decode = task.start(task.prefill(Draft(task.config, params), slots))
     cache, text_BS, model = None, None, {}
     if draft is None:
         text_BS = np.zeros((len(task.filled), slots), np.int32)
@@ -223,7 +248,7 @@ def _speculate(task: _Task, params: Params, draft: Draft | None, chunk_tokens: i
         text_BS = sharding.reshard(jnp.asarray(text_BS), "batch", "keys")
     else:
         draft = Draft(draft.config, decoding_params(*draft, task.decoding.weights == "int8"))
-        cache = task.start(task.prefill(draft, slots, calls)).cache
+        cache = task.start(task.prefill(draft, slots)).cache
         model = {"draft_config": draft.config, "draft_params": draft.params}
     state, rounds = start_speculating(decode, cache, text_BS), math.ceil(chunk_tokens / (guesses + 1))
     while True:
@@ -231,6 +256,8 @@ def _speculate(task: _Task, params: Params, draft: Draft | None, chunk_tokens: i
             task.config, params, state, task.settings, task.end_of_text_id, rounds, guesses, **model
         )
         tokens_BRN, counts_BR = np.asarray(found.tokens_BRN), np.asarray(found.counts_BR)
+        if on_guesses is not None:
+            on_guesses(Guesses(int(state.kept), int(state.guessed)))
         yield [
             [token for tokens, count in zip(row, counts, strict=True) for token in tokens[:count].tolist()]
             for row, counts in zip(tokens_BRN, counts_BR, strict=True)

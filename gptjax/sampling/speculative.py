@@ -132,28 +132,20 @@ def decode_n_rounds(
         logits_BNV, cache = GPT(config).apply({"params": params}, tokens_BN, cache=d.cache)
         logits_NBV = jnp.moveaxis(_whole(logits_BNV), 1, 0)
 
-        def judge(carry: tuple, x: tuple) -> tuple[tuple, None]:
-            alive_B, kept_B, seen_BV, next_BV, ruled_out_BV = carry
-            before_BV, after_BV, guess_B, q_BV, offset = x
-            is_guess_BV = one_hot(guess_B, seen_BV)
-            q_BV = is_guess_BV.astype(jnp.float32) if q_BV is None else q_BV
-            p_B, q_B = (
-                jnp.where(is_guess_BV, y_BV, 0.0).sum(axis=-1)
-                for y_BV in (_distribution(before_BV, seen_BV, settings), q_BV)
-            )
-            keep_B = alive_B & accepts(p_B, q_B, jax.vmap(jax.random.uniform)(keys(offset, ACCEPT)))
-            lost_B1, keep_B1 = (alive_B & ~keep_B)[:, None], keep_B[:, None]
-            return (
-                keep_B,
-                kept_B + keep_B,
-                seen_BV | (is_guess_BV & keep_B1),
-                jnp.where(keep_B1, after_BV, next_BV),
-                jnp.where(lost_B1, q_BV, ruled_out_BV),
-            ), None
-
-        carry = (~d.done_B, jnp.zeros_like(starts_B), seen_BV, logits_NBV[0], jnp.zeros_like(state.ruled_out_BV))
-        guesses_x = (logits_NBV[:-1], logits_NBV[1:], guesses_GB, q_GBV, jnp.arange(1, guesses + 1))
-        (_, kept_B, seen_BV, next_BV, ruled_out_BV), _ = jax.lax.scan(judge, carry, guesses_x)
+        # A guess counts only where those before it stay, so that each is judged as if they did, and all at once.
+        is_guess_GBV = jax.vmap(one_hot, in_axes=(0, None))(guesses_GB, seen_BV)
+        before_GBV = seen_BV[None] | (jnp.cumsum(is_guess_GBV, axis=0) > is_guess_GBV)
+        p_GBV = jax.vmap(_distribution, in_axes=(0, 0, None))(logits_NBV[:-1], before_GBV, settings)
+        q_GBV = is_guess_GBV.astype(jnp.float32) if q_GBV is None else q_GBV
+        p_GB, q_GB = (jnp.where(is_guess_GBV, x_GBV, 0.0).sum(axis=-1) for x_GBV in (p_GBV, q_GBV))
+        uniform_GB = jax.vmap(lambda offset: jax.vmap(jax.random.uniform)(keys(offset, ACCEPT)))(
+            jnp.arange(1, guesses + 1)
+        )
+        kept_B = jnp.cumprod(accepts(p_GB, q_GB, uniform_GB), axis=0).sum(axis=0)
+        places_GB = jnp.broadcast_to(jnp.arange(guesses)[:, None], guesses_GB.shape)
+        seen_BV = seen_BV | (is_guess_GBV & (places_GB < kept_B[None])[..., None]).any(axis=0)
+        next_BV = jnp.take_along_axis(logits_NBV, kept_B[None, :, None], axis=0)[0]
+        ruled_out_BV = jnp.where((places_GB == kept_B[None])[..., None], q_GBV, 0.0).sum(axis=0)
 
         is_end_NB = tokens_NB == end_of_text_id
         before_end_B = jnp.where(is_end_NB, jnp.arange(guesses + 1)[:, None], guesses + 1).min(axis=0)
