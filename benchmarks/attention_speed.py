@@ -13,9 +13,7 @@ Where gptjax is not installed, start it with PYTHONPATH=. in front.
 import argparse
 import functools
 import itertools
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,45 +21,26 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
+import turns
+from turns import TOLERANCE, Arm, take_turns
 
-from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.attention import attention
 from gptjax.model.blockwise import blockwise_attention
 from gptjax.parallel import platform
 from gptjax.resolve import default_compute_dtype
 
-COLUMNS = {"tokens": ",d", "kernel": "", "ms": ",.2f", "min_ms": ",.2f", "max_ms": ",.2f", "temp_mb": ",.1f"}
-COLUMNS |= {"compile_seconds": ".1f", "error": ".1e"}
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Of output and gradients, each by norm: bfloat16 rounds by 2e-3, and a window that is off by one is off by 0.1."""
+COLUMNS = {"tokens": ",d", "kernel": "", **turns.COLUMNS}
 
 
-class Arm:
-    """A compiled kernel with its inputs: output and gradients of a sum."""
+def forward_and_backward(run: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """Output and gradients of q, k and v, from these and the output's gradient."""
 
-    def __init__(self, name: str, run: Callable[..., jax.Array], arrays: Sequence[jax.Array]):
-        def both(q, k, v, d_out):
-            out, vjp = jax.vjp(run, q, k, v)
-            return out, *vjp(d_out)
+    def both(q, k, v, d_out):
+        out, vjp = jax.vjp(run, q, k, v)
+        return out, *vjp(d_out)
 
-        self.name, self.arrays = name, arrays
-        start = time.perf_counter()
-        self.program = jax.jit(both).lower(*arrays).compile()
-        self.compile_seconds = time.perf_counter() - start
-        self.temp_bytes = self.program.memory_analysis().temp_size_in_bytes
-        self.seconds: list[float] = []
-
-    def fits(self) -> bool:
-        """A CPU's program that needs more than there is would be killed, and this process with it."""
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return jax.default_backend() != "cpu" or self.temp_bytes < 0.8 * free
-
-    def run(self) -> tuple[jax.Array, ...]:
-        start = time.perf_counter()
-        results = jax.block_until_ready(self.program(*self.arrays))
-        self.seconds.append(time.perf_counter() - start)
-        return results
+    return both
 
 
 def inputs(options: argparse.Namespace, T: int) -> tuple[list[jax.Array], dict[str, Any]]:
@@ -92,9 +71,10 @@ def arms(options: argparse.Namespace, T: int) -> list[Arm]:
         elif name == "blockwise" and options.blocks:
             for query_block, key_block in itertools.product(options.blocks, repeat=2):
                 run = functools.partial(_in_blocks, settings, query_block, key_block)
-                found.append(Arm(f"blockwise {query_block}×{key_block}", run, arrays))
+                found.append(Arm(f"blockwise {query_block}×{key_block}", forward_and_backward(run), arrays))
         else:
-            found.append(Arm(name, functools.partial(attention, **settings, kernel=name), arrays))
+            run = functools.partial(attention, **settings, kernel=name)
+            found.append(Arm(name, forward_and_backward(run), arrays))
     return found
 
 
@@ -110,45 +90,13 @@ def _in_blocks(settings, query_block, key_block, q, k, v):
     )
 
 
-def error(got: Sequence[jax.Array], exact: Sequence[jax.Array]) -> float:
-    """The worst of output and gradients, by norm."""
-    pairs = [[np.asarray(x, np.float32) for x in pair] for pair in zip(got, exact, strict=True)]
-    return float(np.max([np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in pairs]))  # NaN stays NaN
-
-
 def measure_length(options: argparse.Namespace, T: int) -> list[dict[str, Any]]:
-    rows, running = {}, []
     arrays, settings = inputs(options, T)
-    name = "xla" if T <= 2048 else "blockwise"
-    exactly = functools.partial(attention, **settings, kernel=name)
-    exact = Arm(name, exactly, [x.astype(jnp.float32) for x in arrays]).run()
-    for arm in arms(options, T):
-        row = {"tokens": T, "kernel": arm.name, "temp_mb": arm.temp_bytes / 1e6, "compile_seconds": arm.compile_seconds}
-        rows[arm.name] = row
-        if not arm.fits():
-            print(f"{T} tokens: {arm.name} plans {arm.temp_bytes / 1e9:.1f} GB, more than is free", file=sys.stderr)
-            continue
-        try:
-            off = error(arm.run(), exact)
-        except jax.errors.JaxRuntimeError as failure:
-            if not measure.is_out_of_memory(failure):
-                raise
-            print(f"{T} tokens: {arm.name} runs out of memory", file=sys.stderr)
-            continue
-        if not off < TOLERANCE[options.dtype]:
-            raise UserError(f"{arm.name} is off by {off:.2g} at {T} tokens, more than {TOLERANCE[options.dtype]:g}")
-        row["error"] = off
-        running.append(arm)
-    del exact
-    for arm in running:
-        arm.seconds.clear()
-    for _ in range(options.repeats):
-        for arm in running:
-            arm.run()
-    for arm in running:
-        spread = measure.spread([1000 * seconds for seconds in arm.seconds])
-        rows[arm.name] |= {"ms": spread["median"], "min_ms": spread["min"], "max_ms": spread["max"]}
-    return [*rows.values()]
+    exactly = functools.partial(attention, **settings, kernel="xla" if T <= 2048 else "blockwise")
+    exact = Arm("exact", forward_and_backward(exactly), [x.astype(jnp.float32) for x in arrays]).run()
+    found = arms(options, T)
+    rows = take_turns(found, exact, TOLERANCE[options.dtype], options.repeats, f"{T} tokens")
+    return [{"tokens": T, "kernel": arm.name, **row} for arm, row in zip(found, rows, strict=True)]
 
 
 def main(arguments: Sequence[str]) -> int:

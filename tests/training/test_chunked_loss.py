@@ -200,3 +200,50 @@ def test_no_float32_copy_of_the_logits_is_kept(equations):
         lambda p, t: jax.vjp(lambda p: loss(p, {"tokens": t}, None)[0], p)[1], arguments[0].params, tokens
     )
     assert [x.dtype for x in jax.tree.leaves(kept) if x.size == LOGITS_SIZE] == [jnp.bfloat16]
+
+
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) [\w\-]+\((.*)")
+
+
+def kept_for_the_backward_pass(hlo):
+    """Types of the arrays of the logits' size that a compiled program's backward pass gets from its forward pass.
+
+    Backward is what has JAX's `transpose(` in a name, its own or one inside it. Only whole instructions count: what is
+    inside a fusion is no array.
+    """
+    bodies = {match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?^\}", hlo, re.M | re.S)}
+    (entry,) = (body for body in bodies.values() if body.startswith("ENTRY"))
+
+    def is_backward(text):
+        called = re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", text)
+        return "transpose(" in text or any(is_backward(bodies[name]) for name in called)
+
+    lines = [match for match in map(INSTRUCTION.match, entry.splitlines()) if match]
+    forward = {match[1]: match[2] for match in lines if not is_backward(match[0])}
+    used = {name for match in lines if match[1] not in forward for name in re.findall(r"%([\w.\-]+)", match[3])}
+    shapes = [shape for name in used & set(forward) for shape in re.findall(r"[a-z]\w*\[[\d,]+\]", forward[name])]
+    return [shape.split("[")[0] for shape in shapes if sizes(shape) == [LOGITS_SIZE]]
+
+
+def test_the_compiled_step_keeps_bfloat16_logits():
+    """From the forward to the backward pass one array of the logits' size is kept, and it is not float32."""
+    _, step, arguments = train_step(chunk_tokens=0)
+    assert kept_for_the_backward_pass(step.lower(*arguments).compile().as_text()) == ["bf16"]
+
+
+def test_no_float32_logits_on_a_tpu(monkeypatch):
+    """In the step compiled for a TPU, which takes libtpu and no TPU, nothing of the logits' size is an array but the
+    bfloat16 logits; their float32 copy and their gradient are inside fusions."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    _, step, arguments = train_step(chunk_tokens=0)
+    there = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=there), arguments)
+    hlo = step.lower(*arguments).compile().as_text()
+    entry = hlo[hlo.index("\nENTRY") :]
+    found = {match[1] for match in re.finditer(r"([a-z]\w*)\[[\d,]+\]", entry) if sizes(match[0]) == [LOGITS_SIZE]}
+    assert found == {"bf16"}
+    assert kept_for_the_backward_pass(hlo) == ["bf16"]
