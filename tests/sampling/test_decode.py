@@ -175,12 +175,14 @@ def test_sharded(model, axes):
     heads and vocabulary split: the tokens of one device."""
     config, params = model
     unordered = dataclasses.replace(DRAWN, top_k=0)
-    expected = [new_tokens(model, PROMPTS, sampling) for sampling in (DRAWN, unordered, GREEDY)]
+    # Without top-k draws take another way through the vocabulary; once is enough.
+    samplings = (DRAWN, unordered, GREEDY) if axes == {"data": 2} else (DRAWN,)
+    expected = [new_tokens(model, PROMPTS, sampling) for sampling in samplings]
     mesh = make_mesh(MeshConfig(**axes, tensor=2), jax.devices()[: 2 * math.prod(axes.values())])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: GPT(config).init(jax.random.key(0), jnp.zeros((4, 8), jnp.int32))["params"])
         sharded = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
         )
-        for sampling, tokens in zip((DRAWN, unordered, GREEDY), expected, strict=True):
+        for sampling, tokens in zip(samplings, expected, strict=True):
             assert new_tokens((config, sharded), PROMPTS, sampling) == tokens

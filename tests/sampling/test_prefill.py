@@ -127,13 +127,12 @@ def test_resized_rings_keep_what_is_seen(make_model):
     assert held.sum() == 4 * (3 + 5)
 
 
-@pytest.mark.parametrize("chunk", [4, 512])
-def test_rounded_keys_and_values(make_model, chunk):
+def test_rounded_keys_and_values(make_model):
     """An int8 cache has a quarter of the bytes and nearly the same log-probabilities."""
     config, params = make_model(**LOCAL)
     tokens, lengths = padded(PROMPTS, 32)
     found = [
-        prefill(config, params, tokens, lengths, 48, chunk_tokens=chunk, with_logprobs=True, in_int8=in_int8)
+        prefill(config, params, tokens, lengths, 48, chunk_tokens=4, with_logprobs=True, in_int8=in_int8)
         for in_int8 in (False, True)
     ]
     whole, rounded = (sum(x.nbytes for x in jax.tree.leaves(f.cache.layers)) for f in found)
