@@ -327,7 +327,6 @@ def test_a_draft_with_another_tokenizer(uninterrupted, inside, monkeypatch, refu
         (["runs/uninterrupted", "--temperature", "nan"], ["temperature"]),
         (["runs/uninterrupted", "--top-k", "1000000"], ["top_k", "vocabulary"]),
         (["runs/uninterrupted", "--stop", ""], ["stop string is empty"]),
-        (["runs/uninterrupted", "--draft-tokens", "99"], ["draft_tokens is 99", "between 0 and 15"]),
     ],
 )
 def test_bad_sampling_is_one_line(uninterrupted, inside, arguments, expected, refusal):
