@@ -134,6 +134,8 @@ def _gptjax(name: str, root: Path, dtype: str, options: Any, words: Sequence[str
     command += ["--steps", str(options.steps), *NO_DROPOUT, "--model.compute-dtype", dtype, *fixed]
     if options.vocab_size:
         command += ["--vocab-size", str(options.vocab_size)]
+    if options.documents > 1:
+        command += ["--documents", str(options.documents)]
     flags = f"{os.environ.get('XLA_FLAGS', '')} {environment.get('XLA_FLAGS', '')}".strip()
     path = os.pathsep.join(filter(None, [str(root.resolve()), os.environ.get("PYTHONPATH")]))
     environment |= {"PYTHONPATH": path} | ({"XLA_FLAGS": flags} if flags else {})

@@ -16,11 +16,22 @@ NUM_BATCHES = 4
 """Made batches, used in turn: few enough for any memory, and no step sees the tokens of the one before."""
 
 
-def made_batches(vocab_size: int, steps_per_dispatch: int, batch_size: int, context_length: int) -> list[np.ndarray]:
-    """The tokens of all arms, (K, B, T + 1) int32 each: the same for the same shapes."""
+def made_batches(
+    vocab_size: int, steps_per_dispatch: int, batch_size: int, context_length: int, documents: int = 1
+) -> list[np.ndarray]:
+    """The tokens of all arms, (K, B, T + 1) int32 each: the same for the same shapes.
+
+    Args:
+        documents: in each row, of random lengths; the last word of the vocabulary stands before each but the first, and
+            nowhere else. One: a row is any words.
+    """
     draw = np.random.default_rng(0)
     shape = (steps_per_dispatch, batch_size, context_length + 1)
-    return [draw.integers(0, vocab_size, shape, np.int32) for _ in range(NUM_BATCHES)]
+    batches = [draw.integers(0, vocab_size - (documents > 1), shape, np.int32) for _ in range(NUM_BATCHES)]
+    for tokens in batches:
+        for row in tokens.reshape(-1, context_length + 1):
+            row[draw.choice(np.arange(1, context_length), documents - 1, replace=False)] = vocab_size - 1
+    return batches
 
 
 def made_prompts(vocab_size: int, batch_size: int, prompt_tokens: int) -> np.ndarray:

@@ -7,6 +7,9 @@
     python benchmarks/train_speed.py configs/gpt2_124m.py --batch-sizes 32 --against gptjax=OTHER_CHECKOUT \
         --variant 'unfused: XLA_FLAGS=--xla_gpu_enable_triton_gemm=false' --variant 'xla: --model.attention-kernel xla'
 
+    python benchmarks/train_speed.py configs/gpt2_124m.py --documents 4 \
+        --variant 'packed: --data.separate-documents True'
+
 The compiled step is the one that train.py runs, with its optimizer and the copy of each batch to the device. After
 a warm-up, several blocks of steps are timed; the table has the median block. MFU counts attention in full, as
 nanoGPT and PaLM do; the JSON also has it with the causal half alone. Where the device does not count its memory, as
@@ -63,24 +66,28 @@ class Warm(NamedTuple):
     program: jax.stages.Compiled
 
 
-def warm_up(config: Config, steps: int) -> Warm:
-    """Compile the step of a configuration under the current mesh and run a block of `steps` dispatches."""
+def warm_up(config: Config, steps: int, documents: int = 1) -> Warm:
+    """Compile the step of a configuration under the current mesh and run a block of `steps` dispatches.
+
+    Args:
+        documents: in each row, as `made_batches` takes it; whether they see each other is the configuration's.
+    """
     model_config, training = config.model, config.training
     model, optimizer = GPT(model_config), make_optimizer(config.optimizer)
     drops = model_config.embedding_dropout or model_config.attention_dropout or model_config.residual_dropout
     K, B, T = training.steps_per_dispatch, training.resolved_micro_batch_size, model_config.context_length
     A = training.batch_size // B
+    separator = model_config.vocab_size - 1 if config.data.separate_documents else None
     train_step = make_train_step(
-        language_model_loss(model, training.z_loss, chunk_tokens=training.loss_chunk_tokens),
+        language_model_loss(model, training.z_loss, separator, training.loss_chunk_tokens),
         optimizer,
         dropout_seed=training.seed if drops else None,
         accumulates=A > 1,
         steps_per_dispatch=K,
     )
     state = init_state(model, optimizer, training.seed)
-    batches = [
-        tokens.reshape(K, A, B, T + 1) for tokens in made_batches(model_config.vocab_size, K, training.batch_size, T)
-    ]
+    made = made_batches(model_config.vocab_size, K, training.batch_size, T, documents)
+    batches = [tokens.reshape(K, A, B, T + 1) for tokens in made]
     counts_K, rates_K = np.full((K,), A, np.int32), np.full((K,), config.optimizer.peak_learning_rate, np.float32)
     done, losses = 0, []
 
@@ -128,7 +135,7 @@ def warm_up(config: Config, steps: int) -> Warm:
 
 def train_speed(config: Config, options: Any) -> dict[str, Any]:
     """Measure one configuration under the current mesh, alone."""
-    warm = warm_up(config, options.steps)
+    warm = warm_up(config, options.steps, options.documents)
     seconds = [warm.block() for _ in range(options.blocks)]
     profile = {}
     if options.profile:
@@ -158,7 +165,7 @@ def alone(options: Any, config: Config) -> int:
     with jax.set_mesh(make_mesh(config.mesh)):
         for size in options.batch_sizes or [config.training.resolved_micro_batch_size]:
             if options.paced:
-                warm = warm_up(sized(config, size), options.steps)
+                warm = warm_up(sized(config, size), options.steps, options.documents)
                 serve(warm.block, lambda facts=warm.facts: measure.machine() | facts())
                 return 0
             known = {"config": str(options.config), **measure.machine()}
@@ -191,6 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="sequences, one row each; default: the micro-batch")
     parser.add_argument("--blocks", type=int, help="blocks timed, or of each turn of an arm; default: 5, or 1")
     parser.add_argument("--steps", type=int, default=10, help="dispatches of a block")
+    parser.add_argument("--documents", type=int, default=1, help="in each row, of random lengths; 1: any tokens")
     parser.add_argument("--cores", help="numbers of the processor's cores to use, with commas; default: all")
     side = parser.add_argument_group("side by side")
     side.add_argument("--against", action="append", help="nanogpt=CHECKOUT or gptjax=CHECKOUT; may be repeated")

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from gptjax.checks import require
-from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gptjax.errors import UserError
-from gptjax.model.accounting import STATE_BYTES_PER_PARAMETER, Memory, activation_bytes, parameter_counts
+from gptjax.model.accounting import Memory, activation_bytes, state_bytes
 
 STATE_SHARE = 0.5
 """Of a device's memory that parameters, optimizer state and gradients may take; activations need the rest."""
 WIDEST_TENSOR = 8
 """Splitting matrices sends activations twice a block and pass: that pays only within a node, which has 8 devices."""
+ADAMW = OptimizerConfig()
+"""What keeps the most, where nobody says which optimizer it is."""
 
 
 class _Device(Protocol):
@@ -57,7 +59,7 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, m
         batch_ramp_start=training.resolved_batch_ramp_start,
     )
     require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
-    mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory)
+    mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory, optimizer)
     if model.remat == "offload":
         _require_host_memory(devices[0])
     return dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training)
@@ -88,13 +90,18 @@ def memory_bytes(device: Any) -> int | None:
 
 
 def resolve_mesh(
-    mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig, memory: int | None = None
+    mesh: MeshConfig,
+    num_devices: int,
+    model: ModelConfig,
+    training: TrainingConfig,
+    memory: int | None = None,
+    optimizer: OptimizerConfig = ADAMW,
 ) -> tuple[MeshConfig, str]:
     """Fill the axes that are left open, and check that the mesh divides devices, batch, heads and widths.
 
-    `fsdp` is the smallest that lets the training state (16 bytes a parameter: float32 weights, gradients and two
-    moments) take at most half of each device's memory; where the batch or the width admits no such one, `tensor`
-    helps out. `data` is what is left over. The vocabulary is checked where it is known already.
+    `fsdp` is the smallest that lets the training state (`state_bytes`: 16 bytes a parameter with AdamW) take at most
+    half of each device's memory; where the batch or the width admits no such one, `tensor` helps out. `data` is what
+    is left over. The vocabulary is checked where it is known already.
 
     Args:
         memory: bytes that one device can hold; None: unknown, and nothing is split that was not asked for.
@@ -105,12 +112,18 @@ def resolve_mesh(
     Raises:
         UserError: a product or a size that does not divide, with the nearest that does.
     """
-    filled, reason = _fill(mesh, num_devices, model, training, memory)
+    filled, reason = _fill(mesh, num_devices, model, training, memory, optimizer)
     _check(filled, num_devices, model, training)
     return filled, reason
 
 
-def require_fits(mesh: MeshConfig, model: ModelConfig, training: TrainingConfig, memory: int | None) -> None:
+def require_fits(
+    mesh: MeshConfig,
+    model: ModelConfig,
+    training: TrainingConfig,
+    memory: int | None,
+    optimizer: OptimizerConfig = ADAMW,
+) -> None:
     """Refuse a micro-batch of which even the least that a step must hold is more than a device's memory.
 
     An estimate (`activation_bytes`) may be wrong where this passes: XLA has the last word when it compiles.
@@ -129,8 +142,10 @@ def require_fits(mesh: MeshConfig, model: ModelConfig, training: TrainingConfig,
         model, vocab_size=model.vocab_size or 1, compute_dtype=model.compute_dtype or "bfloat16"
     )
     micro, shards = training.resolved_micro_batch_size, mesh.data * mesh.fsdp
-    state = _state_bytes(model) / (mesh.fsdp * mesh.context * mesh.tensor)
-    held = state if micro < training.batch_size else state * 3 / 4  # the gradient comes while activations go
+    split = mesh.fsdp * mesh.context * mesh.tensor
+    state = state_bytes(known, optimizer) / split
+    # Without accumulation the gradient comes while activations go.
+    held = state_bytes(known, optimizer, gradients=micro < training.batch_size) / split
 
     def activations(size: int) -> Memory:
         return activation_bytes(known, mesh, size, training.loss_chunk_tokens)
@@ -165,12 +180,17 @@ def refit_mesh(saved: MeshConfig, requested: MeshConfig, num_devices: int) -> Me
 
 
 def _fill(
-    mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig, memory: int | None
+    mesh: MeshConfig,
+    num_devices: int,
+    model: ModelConfig,
+    training: TrainingConfig,
+    memory: int | None,
+    optimizer: OptimizerConfig,
 ) -> tuple[MeshConfig, str]:
     asked = [name for name in ("data", "fsdp", "tensor") if getattr(mesh, name) is not None]
     if mesh.context > 1:
         asked.append("context")
-    whole = _state_bytes(model)
+    whole = state_bytes(dataclasses.replace(model, vocab_size=model.vocab_size or 1), optimizer)
     small = memory is None or whole <= STATE_SHARE * memory
     for fsdp, tensor in _candidates(mesh, num_devices, model, training, widest_tensor=1 if small else WIDEST_TENSOR):
         others = fsdp * mesh.context * tensor
@@ -208,11 +228,6 @@ def _candidates(
 
 def _splits(n: int, model: ModelConfig) -> bool:
     return all(size % n == 0 for size in (model.num_heads, model.resolved_num_kv_heads, model.resolved_ffn_dim))
-
-
-def _state_bytes(model: ModelConfig) -> int:
-    known = dataclasses.replace(model, vocab_size=model.vocab_size or 1)
-    return STATE_BYTES_PER_PARAMETER * parameter_counts(known)["total"]
 
 
 def _check(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: TrainingConfig) -> None:

@@ -1,10 +1,11 @@
 """What is filled from the devices and the tokenizer, and what is refused because it does not fit them."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
-from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig
+from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
@@ -77,6 +78,20 @@ def test_the_least_is_split_that_fits_half_of_the_memory(size, devices, memory, 
     if mesh.fsdp > 1 and mesh.tensor == 1:
         assert state / (mesh.fsdp / 2) > memory / 2
     assert "of its 80 GB" in reason
+
+
+def test_muon_keeps_less():
+    """A model that AdamW's moments make just too large for half of a device is not split with Muon, and one that is
+    refused for them is let through."""
+    model, muon = gpt2(num_layers=48, model_dim=1600, num_heads=25), OptimizerConfig(kind="muon")
+    for optimizer, fsdp in ((OptimizerConfig(), 2), (muon, 1)):
+        mesh, _ = resolve_mesh(MeshConfig(), 2, model, TrainingConfig(batch_size=8), 45 * 10**9, optimizer)
+        assert mesh.fsdp == fsdp
+    mesh, few = MeshConfig(data=1, fsdp=1, tensor=1), TrainingConfig(batch_size=1)
+    model = dataclasses.replace(model, remat="full")
+    with pytest.raises(UserError, match=r"18\.7 GB of it"):
+        require_fits(mesh, model, few, 18 * 10**9)
+    require_fits(mesh, model, few, 18 * 10**9, muon)
 
 
 def test_says_when_no_mesh_fits():

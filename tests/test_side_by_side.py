@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gptjax.config_files import load_config, replace_fields
@@ -22,6 +23,7 @@ OPTIONS = {
     "modes": ["compiled", "best"],
     "steps": 20,
     "vocab_size": None,
+    "documents": 1,
     "against_python": "python-with-torch",
 }
 HIDDEN = "grain tyro tokenizers filelock".split()
@@ -97,6 +99,14 @@ def test_parts_fit_a_lease(benchmark_module):
         assert all((ROOT / "benchmarks" / job.script).is_file() for job in found)
     (large,) = [job for job in gpu.jobs("train-large", False, "n", 80.0, Path("out")) if "nanoGPT" in job.label]
     assert "--fresh" in large.arguments, "two of 1.5B do not fit into 80 GB together"
+
+
+def test_made_documents(benchmark_module):
+    """Each row has as many separators as it has documents but one, none of them where it begins."""
+    for tokens in benchmark_module("paced").made_batches(61, 2, 3, 16, documents=4):
+        assert tokens.shape == (2, 3, 17)
+        assert tokens.max() == 60
+        np.testing.assert_array_equal((tokens[:, :, 1:-1] == 60).sum(-1), 3)
 
 
 def nanogpt_arms(compare, checkout, **fields):

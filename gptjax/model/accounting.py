@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gptjax.config import MeshConfig, ModelConfig
+from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
 
 PEAK_BF16_FLOPS: dict[str, float] = {
     # Dense bfloat16 with float32 accumulation, from the vendors' data sheets, by JAX's exact `device_kind`.
@@ -52,10 +52,6 @@ PEAK_BYTES_PER_SECOND: dict[str, float] = {
 }
 
 
-STATE_BYTES_PER_PARAMETER = 16
-"""Of training: weight, gradient and two moments, each float32."""
-
-
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, without the padding of the vocabulary; `total` is their sum."""
     D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
@@ -73,6 +69,23 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "head": (0 if config.tie_embeddings else V * D) + (V if config.head_bias else 0),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def state_bytes(config: ModelConfig, optimizer: OptimizerConfig, *, gradients: bool = True) -> int:
+    """Of training, on all devices together: weights, two moments and, if asked for, gradients, each float32.
+
+    Of the blocks' matrices Muon, where it owns them, keeps a momentum and no second moment.
+    """
+    parameters = parameter_counts(config)["total"]
+    owned = hidden_weights(config) if optimizer.kind == "muon" else 0
+    return 4 * ((4 if gradients else 3) * parameters - owned)
+
+
+def hidden_weights(config: ModelConfig) -> int:
+    """Those of the blocks' matrices: what Muon owns, and what every token is multiplied with but the head."""
+    D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
+    N, K = config.num_heads, config.resolved_num_kv_heads
+    return config.num_layers * (2 * D * N * H + 2 * D * K * H + (3 if config.gated else 2) * D * F)
 
 
 class FlopsPerToken(NamedTuple):
@@ -101,15 +114,8 @@ def training_flops_per_token(config: ModelConfig, num_tokens: int | None = None)
 
     Recomputation (remat) is not counted: model FLOPs are those the mathematics needs.
     """
-    D, F, H, T = (
-        config.model_dim,
-        config.resolved_ffn_dim,
-        config.resolved_head_dim,
-        num_tokens or config.context_length,
-    )
-    N, K = config.num_heads, config.resolved_num_kv_heads
-    block = 2 * D * N * H + 2 * D * K * H + (3 if config.gated else 2) * D * F
-    weights = config.num_layers * block + config.vocab_size * D
+    D, N, H, T = config.model_dim, config.num_heads, config.resolved_head_dim, num_tokens or config.context_length
+    weights = hidden_weights(config) + config.vocab_size * D
     full = causal = 0.0
     for window in config.layer_windows:
         seen = min(T, window or T)
@@ -147,7 +153,7 @@ def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
     D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, config.context_length
     N, K, L, V = config.num_heads, config.resolved_num_kv_heads, config.num_layers, config.padded_vocab_size
     t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
-    matrices = L * (2 * D * N * H + 2 * D * K * H + (3 if config.gated else 2) * D * F) // t
+    matrices = hidden_weights(config) // t
     norm = D * (2 if config.norm == "layernorm" and config.norm_bias else 1)
     stored = L * (2 * norm + 2 * D * config.bias) + (norm if config.norm_position == "pre" else 0)
     whole = L * config.bias * (N * H + 2 * K * H + F * (2 if config.gated else 1)) // t

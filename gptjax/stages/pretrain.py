@@ -102,7 +102,8 @@ def train(
             if continued:
                 resume.check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer)
-            require_fits(config.mesh, config.model, config.training, memory_bytes(jax.local_devices()[0]))
+            memory = memory_bytes(jax.local_devices()[0])
+            require_fits(config.mesh, config.model, config.training, memory, config.optimizer)
             with jax.set_mesh(make_mesh(config.mesh)):
                 return _pretrain(config, directory, data, console, require_folder, accept_changes, started)
 
@@ -222,13 +223,13 @@ def _with_mesh(config: Config, console: Console) -> Config:
     # The vocabulary is not known before the data is.
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
     memory = memory_bytes(jax.local_devices()[0])
-    mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory)
+    mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory, config.optimizer)
     if len(devices) > 1:
         console.message(f"mesh {messages.axes(mesh)}: {reason}")
     messages.attention_kernels(dataclasses.replace(config, mesh=mesh))  # refuses one that is forced and cannot run
     if config.model.fp8:
         require_hardware(devices[0])
-    require_fits(mesh, config.model, config.training, memory)
+    require_fits(mesh, config.model, config.training, memory, config.optimizer)
     if config.guard.rerun_every_steps and devices[0].platform == "gpu" and not config.training.deterministic:
         raise UserError(
             "guard.rerun_every_steps compares bit for bit, which on a GPU needs training.deterministic; "

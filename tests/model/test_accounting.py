@@ -9,10 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import MeshConfig, ModelConfig
-from gptjax.model.accounting import activation_bytes, mfu, parameter_counts, peak_flops, training_flops_per_token
+from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.model.accounting import (
+    activation_bytes,
+    mfu,
+    parameter_counts,
+    peak_flops,
+    state_bytes,
+    training_flops_per_token,
+)
 from gptjax.model.gpt import GPT
 from gptjax.training.losses import language_model_loss
+from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import init_params
 
 SWITCHES = {
@@ -45,6 +53,19 @@ def test_counts_are_the_real_parameters(switches):
     config = ModelConfig(**shape, **switches, compute_dtype="float32")
     padding = 28 * 16 * (1 if config.tie_embeddings else 2) + (28 if config.head_bias else 0)
     assert parameter_counts(config)["total"] == sum(real_sizes(config).values()) - padding
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("switches", [{}, {"feed_forward": "swiglu", "num_kv_heads": 2, "head_dim": 6, "bias": True}])
+def test_state_is_what_the_optimizer_keeps(kind, switches):
+    """Weights, gradients and all that the optimizer holds an element of: of Muon's matrices one momentum."""
+    shape = {"num_layers": 3, "model_dim": 16, "num_heads": 4, "context_length": 10, "vocab_size": 128}
+    config, optimizer = ModelConfig(**shape, **switches, compute_dtype="bfloat16"), OptimizerConfig(kind=kind)
+    params = jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
+    kept = params, jax.eval_shape(make_optimizer(optimizer).init, params)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept) if leaf.ndim)  # and a step's count
+    assert state_bytes(config, optimizer, gradients=False) == held
+    assert state_bytes(config, optimizer) == held + 4 * parameter_counts(config)["total"]
 
 
 @pytest.mark.parametrize(
