@@ -1,11 +1,16 @@
-"""Generate text with a trained run: `python sample.py RUN --prompt TEXT`; `--help` lists every field."""
+"""Generate text with a trained run, or talk to it: `python sample.py RUN [--prompt TEXT]`; `--help` lists all."""
 
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from gptjax import cli
+
+if TYPE_CHECKING:
+    from gptjax.text.chat import ChatFormat, Message
+    from gptjax.training.load import Run
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,42 +23,87 @@ def main(arguments: Sequence[str]) -> int:
     import jax
 
     from gptjax.parallel.mesh import one_device_mesh
-    from gptjax.sampling import speed
-    from gptjax.sampling.generate import generate, stream
-    from gptjax.training.load import load_draft, load_run
+    from gptjax.stages.chats import layout_of_run
+    from gptjax.text.chat import TEMPLATE_FILE
+    from gptjax.training.load import load_run
 
+    talks = not parsed.prompt and (directory / TEMPLATE_FILE).is_file() and parsed.json is None
     with jax.set_mesh(one_device_mesh()):
         run = load_run(directory, parsed.step)
-        draft = None if parsed.draft is None else load_draft(parsed.draft, run)
-        prompts = [prompt for prompt in parsed.prompt for _ in range(parsed.num_samples)]
-        model = (run.config.model, run.params, run.tokenizer)
-        if parsed.json is None and len(prompts) == 1:
-            pieces = stream(*model, prompts[0], parsed.sampling, parsed.decoding, draft)
-            print(prompts[0], end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
+        if parsed.message or parsed.system or talks:
+            converse(run, layout_of_run(directory, run.tokenizer), parsed)
         else:
-            completions = generate(*model, prompts, parsed.sampling, parsed.decoding, draft)
-            if parsed.json is None:
-                print("\n\n---\n\n".join(c.prompt + c.text for c in completions))
-            else:
-                with cli.open_output(parsed.json) as file:
-                    for completion in completions:
-                        print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False), file=file)
-        if parsed.timing:
-            longest = max(len(run.tokenizer.encode(prompt)) for prompt in prompts)
-            guesses = []
-            found = speed.measure(
-                run.config.model,
-                parsed.decoding,
-                longest,
-                parsed.sampling,
-                lambda s: [c.token_ids for c in generate(*model, prompts, s, parsed.decoding, draft, guesses.append)],
-            )
-            kept = f"; {guesses[-1].kept} of {guesses[-1].made} guesses were right" if guesses else ""
-            print(found.line() + kept, file=sys.stderr)
+            continue_texts(run, parsed)
     return 0
+
+
+def continue_texts(run: "Run", parsed: cli.SampleArguments) -> None:
+    """Continue each prompt: one as it is written, several when all are done."""
+    from gptjax.sampling import speed
+    from gptjax.sampling.generate import generate, stream
+    from gptjax.training.load import load_draft
+
+    draft = None if parsed.draft is None else load_draft(parsed.draft, run)
+    prompts = [prompt for prompt in parsed.prompt or ("\n",) for _ in range(parsed.num_samples)]
+    model = (run.config.model, run.params, run.tokenizer)
+    if parsed.json is None and len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        show(stream(*model, prompts[0], parsed.sampling, parsed.decoding, draft))
+    else:
+        completions = generate(*model, prompts, parsed.sampling, parsed.decoding, draft)
+        if parsed.json is None:
+            print("\n\n---\n\n".join(c.prompt + c.text for c in completions))
+        else:
+            with cli.open_output(parsed.json) as file:
+                for completion in completions:
+                    print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False), file=file)
+    if parsed.timing:
+        longest = max(len(run.tokenizer.encode(prompt)) for prompt in prompts)
+        guesses = []
+        found = speed.measure(
+            run.config.model,
+            parsed.decoding,
+            longest,
+            parsed.sampling,
+            lambda s: [c.token_ids for c in generate(*model, prompts, s, parsed.decoding, draft, guesses.append)],
+        )
+        kept = f"; {guesses[-1].kept} of {guesses[-1].made} guesses were right" if guesses else ""
+        print(found.line() + kept, file=sys.stderr)
+
+
+def converse(run: "Run", layout: "ChatFormat", parsed: cli.SampleArguments) -> None:
+    """Answer each message, or, where there is none, open a conversation at the terminal."""
+    from gptjax.sampling import terminal
+    from gptjax.sampling.chat import chat, fit_to_context, stream_chat
+    from gptjax.text.chat import Message
+
+    model, sampling = (run.config.model, run.params, run.tokenizer, layout), parsed.sampling
+    start = [Message("system", parsed.system)] if parsed.system else []
+    asked = [[*start, Message("user", text)] for text in parsed.message for _ in range(parsed.num_samples)]
+    if parsed.json is not None:
+        answers = chat(*model, asked, sampling, parsed.decoding)
+        with cli.open_output(parsed.json) as file:
+            for messages, answer in zip(asked, answers, strict=True):
+                said = [*messages, Message("assistant", answer)]
+                print(json.dumps({"messages": [m._asdict() for m in said]}, ensure_ascii=False), file=file)
+    elif len(asked) == 1:
+        show(stream_chat(*model, asked[0], sampling, parsed.decoding))
+    elif asked:
+        print("\n\n---\n\n".join(chat(*model, asked, sampling, parsed.decoding)))
+    else:
+
+        def answer(said: Sequence["Message"]) -> tuple[Iterator[str], int]:
+            kept, dropped = fit_to_context(layout, said, run.config.model.context_length, sampling.max_tokens)
+            return stream_chat(*model, kept, sampling, parsed.decoding), dropped
+
+        terminal.converse(answer, parsed.system)
+
+
+def show(pieces: Iterator[str]) -> None:
+    """Print text as it comes."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a GPT: `python train.py [CONFIG.py | RUN] [--section.field value ...]`; `--help` lists every field."""
+"""Train a GPT: `python train.py [CONFIG.py | RUN | --depth N] [--section.field value ...]`; `--help` lists all."""
 
 import time
 from collections.abc import Sequence
@@ -9,19 +9,27 @@ from gptjax import cli
 
 def main(arguments: Sequence[str]) -> int:
     started = time.perf_counter()
-    config, name, launch, accepted = cli.parse_train(
-        arguments, default=Path(__file__).parent / "configs" / "quickstart.py"
-    )
+    command = cli.parse_train(arguments, default=Path(__file__).parent / "configs" / "quickstart.py")
 
     from gptjax.parallel import platform
 
-    platform.configure(deterministic=config.training.deterministic)
+    platform.configure(deterministic=command.config.training.deterministic)
+    if command.dry_run:
+        from gptjax.commands.plan import dry_run
+
+        return dry_run(command.config)
 
     from gptjax.parallel import distributed
-    from gptjax.stages.pretrain import train
+    from gptjax.stages.train import train
 
     with distributed.fail_fast():
-        summary = train(config, name=name, launch=launch, accept_changes=accepted, started=started)
+        summary = train(
+            command.config,
+            name=command.name,
+            launch=command.launch,
+            accept_changes=command.accept_changes,
+            started=started,
+        )
     return cli.EXIT_OF[summary["stopped"]]
 
 

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +42,14 @@ def num_devices(case: dict[str, Any]) -> int:
 def compile_case(name: str) -> dict[str, Any]:
     """Compile one case in this process, which must have its fake devices."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     from gptjax.config import MeshConfig, TrainingConfig
-    from gptjax.model.accounting import parameter_counts
-    from gptjax.model.gpt import GPT
-    from gptjax.parallel import sharding
-    from gptjax.parallel.collectives import bytes_by_kind
-    from gptjax.parallel.mesh import make_mesh
     from gptjax.presets import gpt3
-    from gptjax.training.losses import language_model_loss
-    from gptjax.training.optimizer import make_optimizer
-    from gptjax.training.state import abstract_state
-    from gptjax.training.step import make_train_step
+    from gptjax.scaling.compiled import compile_step
 
     case = CASES[name]
     preset = gpt3(case["size"])
-    model_config = dataclasses.replace(
+    model = dataclasses.replace(
         preset.model,
         vocab_size=50257,
         context_length=case.get("context_length", preset.model.context_length),
@@ -70,32 +59,14 @@ def compile_case(name: str) -> dict[str, Any]:
         **({"positions": "rope"} if "context_length" in case else {}),
     )
     training = TrainingConfig(batch_size=case["batch"], micro_batch_size=case["micro"])
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, **case["mesh"]))):
-        model, optimizer = GPT(model_config), make_optimizer(preset.optimizer)
-        K, B, T = 1, training.resolved_micro_batch_size, model_config.context_length
-        A = training.batch_size // B
-        step = make_train_step(language_model_loss(model), optimizer, dropout_seed=None, accumulates=A > 1)
-        layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec("stack", "stack", "batch", "keys"))
-        batch = {"tokens": jax.ShapeDtypeStruct((K, A, B, T + 1), jnp.int32, sharding=layout)}
-        start = time.perf_counter()
-        arguments = (batch, np.full(K, A, np.int32), np.ones(K, np.float32), K)
-        program = step.lower(abstract_state(model, optimizer), *arguments).compile()
-        seconds = time.perf_counter() - start
-    plan = program.memory_analysis()
-    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return {
         "case": name,
-        "parameters": parameter_counts(model_config)["total"],
         "devices": num_devices(case),
         "mesh": " × ".join(f"{axis} {size}" for axis, size in case["mesh"].items()),
         "batch_size": case["batch"],
-        "micro_batch_size": B,
-        "context_length": T,
-        "argument_bytes": plan.argument_size_in_bytes,
-        "temporary_bytes": plan.temp_size_in_bytes,
-        "total_bytes": int(kept + plan.temp_size_in_bytes),
-        "collective_bytes": dict(bytes_by_kind(program.as_text())),
-        "compile_seconds": seconds,
+        "micro_batch_size": training.resolved_micro_batch_size,
+        "context_length": model.context_length,
+        **compile_step(model, preset.optimizer, training, MeshConfig(data=1, **case["mesh"])),
         "jax": jax.__version__,
     }
 

@@ -52,11 +52,16 @@ def reduced(config: Config, max_bytes: float) -> Config:
     return dataclasses.replace(config, model=model, training=training, optimizer=optimizer, tokenizer=tokenizer)
 
 
+NO_PRESETS = ("sft", "reward", "dpo", "ppo", "grpo", "recipe_tiny")
+"""Files of stages that start from a run, or of several runs."""
+PRESETS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem not in NO_PRESETS)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="stdlib://")
     parser.add_argument("--max-gigabytes", type=float, default=8)
-    parser.add_argument("--configs", type=Path, nargs="*", default=sorted((ROOT / "configs").glob("*.py")))
+    parser.add_argument("--configs", type=Path, nargs="*", default=PRESETS)
     parser.add_argument("--json", help="file for the lines as JSON, one object each, or - for standard output")
     arguments = parser.parse_args()
     with contextlib.redirect_stdout(sys.stderr if arguments.json == "-" else sys.stdout):
@@ -74,7 +79,7 @@ def train_all(arguments: argparse.Namespace) -> list[dict[str, str | int | float
     from gptjax.model.accounting import parameter_counts
     from gptjax.sampling.config import SamplingConfig
     from gptjax.sampling.generate import generate
-    from gptjax.stages.pretrain import train
+    from gptjax.stages.train import train
     from gptjax.training.load import load_run
     from gptjax.training.metrics import Console, read_metrics
 

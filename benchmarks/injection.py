@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -21,6 +22,7 @@ import train
 from gptjax import cli
 from gptjax.data.loader import RowStream
 from gptjax.stages import pretrain
+from gptjax.stages import train as stages
 from gptjax.training.losses import language_model_loss
 from gptjax.training.step import make_train_step
 
@@ -34,7 +36,7 @@ def scaled_rows(first: int, last: int, factor: float) -> Iterator[None]:
     training, is multiplied by `factor`; these rows hold one token only."""
     take = RowStream.take
 
-    def marked(self: RowStream, num_rows: int) -> np.ndarray:
+    def marked(self: RowStream, num_rows: int, state: Any = None) -> np.ndarray:
         share = self._share  # of several processes each takes its own rows of every batch
         numbers = (self.position + np.arange(0, num_rows, share.batch_size)[:, None] + share.rows).ravel()
         rows = take(self, num_rows)
@@ -47,7 +49,7 @@ def scaled_rows(first: int, last: int, factor: float) -> Iterator[None]:
         def with_factor(params, batch, key):
             total, sums = loss(params, batch, key)
             scale = jnp.where((batch["tokens"] == MARK).all(axis=1).any(), factor, 1.0)
-            return total * scale, sums | {"nll": sums["nll"] * scale}
+            return total * scale, sums | {"loss": sums["loss"] * scale}
 
         return with_factor
 
@@ -80,7 +82,7 @@ def flipped_bit(call: int) -> Iterator[list[int]]:
 
         return step
 
-    with mock.patch.object(pretrain, "make_train_step", faulty):
+    with mock.patch.object(stages, "make_train_step", faulty):
         yield calls
 
 

@@ -40,6 +40,7 @@ from gptjax.model.accounting import parameter_counts
 from gptjax.model.gpt import GPT
 from gptjax.parallel import platform, sharding
 from gptjax.parallel.mesh import make_mesh
+from gptjax.parametrization import multipliers
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.profile import kernels, perfetto_file, report, shares, trace
@@ -73,7 +74,7 @@ def warm_up(config: Config, steps: int, documents: int = 1) -> Warm:
         documents: in each row, as `made_batches` takes it; whether they see each other is the configuration's.
     """
     model_config, training = config.model, config.training
-    model, optimizer = GPT(model_config), make_optimizer(config.optimizer)
+    model, optimizer = GPT(model_config), make_optimizer(config.optimizer, multipliers(model_config))
     drops = model_config.embedding_dropout or model_config.attention_dropout or model_config.residual_dropout
     K, B, T = training.steps_per_dispatch, training.resolved_micro_batch_size, model_config.context_length
     A = training.batch_size // B

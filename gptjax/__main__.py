@@ -3,7 +3,20 @@
 from collections.abc import Sequence
 
 from gptjax import cli
-from gptjax.commands import attention, env, evaluate, prepare, tokenizer, verify
+from gptjax.commands import (
+    attention,
+    coordinates,
+    env,
+    evaluate,
+    fit,
+    plan,
+    prepare,
+    recipe,
+    report,
+    study,
+    tokenizer,
+    verify,
+)
 from gptjax.errors import UserError
 
 COMMANDS = {
@@ -11,6 +24,12 @@ COMMANDS = {
     "tokenizer": tokenizer.main,
     "evaluate": evaluate.main,
     "attention": attention.main,
+    "plan": plan.main,
+    "study": study.main,
+    "fit": fit.main,
+    "coordinates": coordinates.main,
+    "recipe": recipe.main,
+    "report": report.main,
     "verify": verify.main,
     "env": env.main,
 }

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from gptjax.config import Config
 from gptjax.config_files import load_config
@@ -48,14 +48,26 @@ class _TrainArguments(Config):
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     accept_changes: tuple[str, ...] = ()
     """Fields, such as optimizer.beta2, that may differ from those of the run that goes on, which is refused else."""
+    dry_run: bool = False
+    """Say what the run would need and take, show the first rows that it would train on, and stop."""
 
 
-def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str, DistributedConfig, tuple[str, ...]]:
-    """Read `[CONFIG.py | RUN] [--section.field value ...]`.
+class TrainCommand(NamedTuple):
+    """What `train.py` was asked for."""
 
-    Returns:
-        The configuration, with fields that the user left open still None; the name that a new run is called after;
-        how this process finds the others; and the fields that may change when a run goes on.
+    config: Config
+    """With fields that the user left open still None."""
+    name: str
+    """That a new run is called after."""
+    launch: DistributedConfig
+    """How this process finds the others."""
+    accept_changes: tuple[str, ...]
+    """Fields that may change when a run goes on."""
+    dry_run: bool
+
+
+def parse_train(arguments: Sequence[str], default: Path) -> TrainCommand:
+    """Read `[CONFIG.py | RUN | --depth N] [--section.field value ...]`.
 
     Raises:
         UserError: the file or folder is missing or holds no configuration.
@@ -63,29 +75,57 @@ def parse_train(arguments: Sequence[str], default: Path) -> tuple[Config, str, D
     """
     import tyro
 
-    arguments = list(arguments)
-    target = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else default
-    if target.is_dir():
-        if not (target / "config.json").is_file():
-            raise UserError(f"{target} is a folder without config.json, so no run; give a run or a configuration file")
-        config = load_config(target / "config.json")
-        # Devices may have changed since, so the mesh is fitted to them again.
-        config = dataclasses.replace(config, run_dir=str(target), mesh=dataclasses.replace(config.mesh, data=None))
-    else:
-        config = load_config(target)
+    config, target, rest = starting_point(arguments, default)
     parsed = tyro.cli(
         _TrainArguments,
-        default=_TrainArguments(**_fields(config)),
-        args=arguments,
-        prog="train.py [CONFIG.py | RUN]",
+        default=_TrainArguments(**fields_of(config)),
+        args=rest,
+        prog="train.py [CONFIG.py | RUN | --depth N]",
         description=f"Train a GPT. Defaults are those of {target}; a run's folder continues that run.",
     )
-    fields = _fields(parsed)
-    launch, accepted = fields.pop("distributed"), fields.pop("accept_changes")
-    return Config(**fields), target.stem, launch, accepted
+    fields = fields_of(parsed)
+    launch, accepted, dry = (fields.pop(name) for name in ("distributed", "accept_changes", "dry_run"))
+    return TrainCommand(Config(**fields), target.stem, launch, accepted, dry)
 
 
-def _fields(values: Any) -> dict[str, Any]:
+def starting_point(arguments: Sequence[str], default: Path) -> tuple[Config, Path, list[str]]:
+    """The configuration that options override: of a file, of a run, or of `--depth N`, the dial for all of a model.
+
+    Returns:
+        The configuration, the file or folder that it is from (of the dial, its name), and the options.
+
+    Raises:
+        UserError: the file or folder is missing or holds no configuration.
+    """
+    arguments = list(arguments)
+    depth = _depth(arguments)
+    if depth is not None:
+        from gptjax.scaling.depth import of_depth
+
+        return of_depth(depth), Path(f"depth{depth}"), arguments
+    target = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("-") else default
+    if not target.is_dir():
+        return load_config(target), target, arguments
+    if not (target / "config.json").is_file():
+        raise UserError(f"{target} is a folder without config.json, so no run; give a run or a configuration file")
+    config = load_config(target / "config.json")
+    # Devices may have changed since, so the mesh is fitted to them again.
+    mesh = dataclasses.replace(config.mesh, data=None)
+    return dataclasses.replace(config, run_dir=str(target), mesh=mesh), target, arguments
+
+
+def _depth(arguments: list[str]) -> int | None:
+    """The number of `--depth N`, which is taken out, where it stands first."""
+    if not arguments or arguments[0].split("=")[0] != "--depth":
+        return None
+    word, equals, value = arguments.pop(0).partition("=")
+    value = value if equals else arguments.pop(0) if arguments else ""
+    if not value.isdecimal():
+        raise UserError(f"{word} {value or 'without a number'}: it takes a number of layers, such as --depth 12")
+    return int(value)
+
+
+def fields_of(values: Any) -> dict[str, Any]:
     """A dataclass's fields, one level deep."""
     return {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
 
@@ -98,8 +138,12 @@ GUESSES_OF_A_DRAFT = 4
 class SampleArguments:
     """What `sample.py` was asked for."""
 
-    prompt: tuple[str, ...] = ("\n",)
-    """Text to continue; several make a batch."""
+    prompt: tuple[str, ...] = ()
+    """Text to continue; several make a batch. Empty: a tuned run opens a conversation, another starts a line."""
+    message: tuple[str, ...] = ()
+    """What a user says, each a conversation of its own that is answered; for a run that has been tuned."""
+    system: str = ""
+    """What a conversation begins with."""
     num_samples: int = 1
     """Texts per prompt, each with its own random draws."""
     step: str = "last"
@@ -114,6 +158,12 @@ class SampleArguments:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
     def __post_init__(self):
+        if self.prompt and (self.message or self.system):
+            raise UserError(
+                "--prompt is text to continue, --message and --system are parts of a conversation: one of the two works"
+            )
+        if self.draft is not None and self.message:
+            raise UserError("--draft guesses for --prompt alone; leave it out for --message")
         if self.num_samples < 1:
             raise UserError(f"num_samples is {self.num_samples}, but must be at least 1")
         if self.draft is not None and not self.decoding.draft_tokens:

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses, and what a run leaves open.
 
-Only the standard library is imported here, so that a command line is parsed and a plan is made
+The sections of stages after pretraining stand in `tuning_config.py`, those of what keeps a run safe in
+`safety_config.py`. Only the standard library is imported here, so that a command line is parsed and a plan is made
 without loading JAX. Conventions: a field's unit is in its name; 0 or an empty text turns an optional
 effect off; `None` means *derived from other fields*, and the field's doc says from which. `resolve.py`
 fills every `None`, and a saved configuration has none left.
@@ -12,6 +13,8 @@ from typing import Literal
 
 from gptjax.checks import MAX_INT, require, require_range, require_types
 from gptjax.errors import UserError
+from gptjax.safety_config import CheckpointConfig, GuardConfig
+from gptjax.tuning_config import GrpoConfig, LoraConfig, PpoConfig, PreferenceConfig, RlConfig, Stage
 
 VOCAB_MULTIPLE = 128  # tensor cores and shardings like a head whose width this divides
 
@@ -20,6 +23,8 @@ VOCAB_MULTIPLE = 128  # tensor cores and shardings like a head whose width this 
 class ModelConfig:
     """The shape of the Transformer, and how it is computed."""
 
+    init_from: str = ""
+    """Run whose parameters, shape and tokenizer are the start. Empty: parameters are drawn."""
     num_layers: int = 12
     """Transformer blocks."""
     model_dim: int = 768
@@ -69,6 +74,8 @@ class ModelConfig:
     """Use the token embedding as the output head."""
     head_bias: bool = False
     """Whether the output head has a bias."""
+    value_head: bool = False
+    """A linear layer from the last hidden states to one number: of a reward model, or of PPO's critic."""
     scale_embedding: bool = False
     """Multiply token embeddings by sqrt(model_dim), as the original Transformer does."""
     embedding_dropout: float = 0.0
@@ -79,6 +86,14 @@ class ModelConfig:
     """Dropout of each sublayer's output."""
     initializer_std: float = 0.02
     """Standard deviation of initial weights; residual projections get it over sqrt(2 num_layers)."""
+    parametrization: Literal["standard", "mup", "completep"] = "standard"
+    """What size does to initialization and rates: with mup settings suit every width, with completep every depth."""
+    base_model_dim: int = 256
+    """Width at which the settings of mup and completep are those that are written here."""
+    base_num_layers: int = 4
+    """Depth at which those of completep are."""
+    base_head_dim: int = 64
+    """Head width at which those of mup and completep are."""
 
     scan_layers: bool = False
     """Compile one block and loop over layers (quick to compile) instead of unrolling them (quick to run)."""
@@ -102,6 +117,7 @@ class ModelConfig:
             math.inf,
             *("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"),
             *("context_length", "vocab_size", "attention_window"),
+            *("base_model_dim", "base_num_layers", "base_head_dim"),
         )
         require_range("model.", self, 0, math.inf, "attention_softcap", "logit_softcap", "initializer_std")
         require_range("model.", self, 0, 1, "rope_fraction")
@@ -119,6 +135,11 @@ class ModelConfig:
                 self.num_heads % self.num_kv_heads == 0,
                 f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}",
             )
+        require(
+            self.parametrization != "completep" or self.norm_position == "pre",
+            "model.parametrization completep divides what sublayers add by the depth, which model.norm_position post "
+            "would undo; pre works",
+        )
         require(len(self.attention_pattern) > 0, "model.attention_pattern is empty; the usual one is dense")
         if self.positions == "rope":
             require(
@@ -203,6 +224,10 @@ class DataConfig:
     """Folder under which token shards are kept, and found again when nothing changed."""
     separate_documents: bool = False
     """Documents packed into one sequence do not see each other, and each starts at position 0."""
+    on_long: Literal["stop", "truncate", "skip"] = "stop"
+    """A conversation longer than the context stops the run, or is cut or left out, and counted."""
+    chat_template: str = ""
+    """Jinja file, as Hugging Face models have it, that lays out conversations. Empty: the first run's, else ChatML."""
 
     def __post_init__(self):
         if isinstance(self.path, str):  # one path is the common case in a configuration file
@@ -306,8 +331,10 @@ class OptimizerConfig:
 class TrainingConfig:
     """The training loop."""
 
-    steps: int = 1000
-    """Optimizer steps."""
+    steps: int | None = 1000
+    """Optimizer steps. None: those that epochs and the data make."""
+    epochs: float = 1.0
+    """Passes over the rows of the data, where steps is None."""
     batch_size: int = 32
     """Sequences of an optimizer step, over all devices."""
     micro_batch_size: int | None = None
@@ -368,6 +395,7 @@ class TrainingConfig:
             ),
         )
         require_range("training.", self, 0, MAX_INT, "seed")
+        require(0 < self.epochs < math.inf, f"training.epochs is {self.epochs:g}, but must be above 0")
         micro = self.resolved_micro_batch_size
         for name in ("batch_size", "batch_ramp_start"):
             size = getattr(self, name)
@@ -377,7 +405,7 @@ class TrainingConfig:
                     f"the nearest is {max(1, round(size / micro)) * micro}"
                 )
         if self.profile_steps and self.profile_window is None:
-            last = max(2, min(23, self.steps))
+            last = max(2, min(23, self.steps or 23))
             raise UserError(
                 f"training.profile_steps is {self.profile_steps!r}, but must be A:B with 1 ≤ A < B ≤ training.steps "
                 f"{self.steps}, such as {max(1, last - 3)}:{last}; step 1 compiles"
@@ -400,7 +428,9 @@ class TrainingConfig:
     def profile_window(self) -> tuple[int, int] | None:
         """The last step before those of profile_steps, and the last of these; None where there are none."""
         first, colon, last = self.profile_steps.partition(":")
-        if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last) <= self.steps):
+        if not (
+            colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) < int(last) <= (self.steps or MAX_INT)
+        ):
             return None
         return int(first), int(last)
 
@@ -410,47 +440,11 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class GuardConfig:
-    """What keeps a bad batch or a bad device from ruining a run."""
-
-    spike_sigmas: float = 6.0
-    """Skip a step whose loss, or norm if also fivefold, is so many deviations above 128 steps' mean. 0: only NaN."""
-    max_skipped: int = 10
-    """Skipped steps in a row after which the run counts as diverged."""
-    max_rollbacks: int = 3
-    """Times that a diverged run goes back to a checkpoint and leaves out the batches since, before it ends."""
-    rerun_every_steps: int = 0
-    """Steps between those computed twice and compared bit for bit, which takes room for a second state. 0: none."""
-
-    def __post_init__(self):
-        require_types("guard.", self)
-        require_range("guard.", self, 0, math.inf, "spike_sigmas", "max_rollbacks", "rerun_every_steps")
-        require_range("guard.", self, 1, math.inf, "max_skipped")
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When the run is saved, and what is kept."""
-
-    every_steps: int = 250
-    """Steps between checkpoints. 0: only at the end or when told to stop."""
-    keep_newest: int = 2
-    """Newest checkpoints kept: one that turns out damaged has one before it."""
-    keep_best: int = 1
-    """Checkpoints of the lowest validation loss kept."""
-    verify: bool = True
-    """Compare a checkpoint's checksums before a run goes on from it."""
-
-    def __post_init__(self):
-        require_types("checkpoint.", self)
-        require_range("checkpoint.", self, 0, math.inf, "every_steps", "keep_best")
-        require_range("checkpoint.", self, 1, math.inf, "keep_newest")
-
-
-@dataclass(frozen=True)
 class Config:
     """Everything that decides a run. A configuration file assigns one to `config`."""
 
+    stage: Stage = "pretrain"
+    """What is learned: text, conversations (sft), a reward, preferences (dpo), or by reinforcement (ppo, grpo)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -459,8 +453,18 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
     run_dir: str | None = None
     """Folder of the run. None: the next free name under runs/, after the configuration file."""
 
     def __post_init__(self):
         require_types("", self)
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether rows hold several texts that do not see each other."""
+        return self.data.separate_documents or self.stage == "sft"

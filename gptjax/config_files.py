@@ -53,14 +53,25 @@ def load_config(path: str | os.PathLike) -> Config:
             raise UserError(f"{path} is no configuration: {error}") from None
         return from_dict({name: value for name, value in values.items() if name != "environment"})
     require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
+    names = run_file(path)
+    config, recipe = names.get("config"), "recipe" in names
+    hint = f"; it holds a recipe, which is for python -m gptjax recipe {path}" if recipe else ""
+    require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`{hint}")
+    return config
+
+
+def run_file(path: Path) -> dict[str, Any]:
+    """What a data-only Python file assigns, by name.
+
+    Raises:
+        UserError: it fails, in whatever way the user's Python does.
+    """
     try:
-        config = runpy.run_path(str(path)).get("config")
+        return runpy.run_path(str(path))
     except UserError:
         raise
-    except Exception as error:  # whatever the user's Python does
+    except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    require(isinstance(config, Config), f"{path} does not assign `config = Config(...)`")
-    return config
 
 
 def _nearest_file(path: Path) -> str:

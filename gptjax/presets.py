@@ -265,7 +265,11 @@ def modern(size: str, optimizer: Literal["adamw", "muon"] = "adamw") -> Config:
     Raises:
         UserError: there is no such size.
     """
-    shape = _of_size(MODERN_SHAPES, size, "modern")
+    return modern_of_shape(_of_size(MODERN_SHAPES, size, "modern"), optimizer)
+
+
+def modern_of_shape(shape: Shape, optimizer: Literal["adamw", "muon"] = "adamw") -> Config:
+    """The same for any number of layers, width and heads."""
     model = ModelConfig(
         **shape._asdict(),
         context_length=MODERN_CONTEXT,

@@ -26,11 +26,18 @@ class _Tokenizer(Protocol):
     vocab_size: int
 
 
-def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, memory: int | None = None) -> Config:
-    """Fill every derived field from the devices and the tokenizer, and check that all of it fits.
+def resolve(
+    config: Config,
+    devices: Sequence[_Device],
+    tokenizer: _Tokenizer,
+    memory: int | None = None,
+    num_rows: int | None = None,
+) -> Config:
+    """Fill every derived field from the devices, the tokenizer and the data, and check that all of it fits.
 
     Args:
         memory: as `resolve_mesh`.
+        num_rows: of the data, in one epoch; None where steps are given.
 
     Raises:
         UserError: the mesh does not divide the devices, heads or batch, the tokenizer has another vocabulary than the
@@ -50,6 +57,11 @@ def resolve(config: Config, devices: Sequence[_Device], tokenizer: _Tokenizer, m
         vocab_size=tokenizer.vocab_size,
         compute_dtype=model.compute_dtype or default_compute_dtype(devices[0].platform),
     )
+    if training.steps is None:
+        require(num_rows is not None, "training.steps is None, and nothing here has rows of which epochs could be made")
+        steps = max(1, math.ceil(training.epochs * num_rows / training.batch_size))
+        whole = training.steps_per_dispatch if config.stage in ("ppo", "grpo") else 1
+        training = dataclasses.replace(training, steps=math.ceil(steps / whole) * whole)
     optimizer = config.optimizer
     if optimizer.decay_steps is None:
         optimizer = dataclasses.replace(optimizer, decay_steps=training.steps)

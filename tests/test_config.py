@@ -10,14 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax import config as module
+from gptjax import config, safety_config, tuning_config
 from gptjax.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    GrpoConfig,
+    GuardConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    PpoConfig,
+    PreferenceConfig,
+    RlConfig,
     TokenizerConfig,
     TrainingConfig,
 )
@@ -33,6 +39,12 @@ SECTIONS = (
     OptimizerConfig,
     TrainingConfig,
     CheckpointConfig,
+    GuardConfig,
+    LoraConfig,
+    PreferenceConfig,
+    RlConfig,
+    PpoConfig,
+    GrpoConfig,
 )
 
 
@@ -125,7 +137,8 @@ def test_pattern_repeats_over_layers(num_layers, pattern):
 
 def test_every_field_has_its_doc():
     """`--help` shows the string under a field: each field has one, of one line."""
-    classes = {n.name: n.body for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef)}
+    trees = [ast.parse(inspect.getsource(module)).body for module in (config, safety_config, tuning_config)]
+    classes = {node.name: node.body for tree in trees for node in tree if isinstance(node, ast.ClassDef)}
     for section in SECTIONS:
         body = classes[section.__name__]
         documented = {

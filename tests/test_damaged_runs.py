@@ -17,7 +17,7 @@ from gptjax.config import CheckpointConfig
 from gptjax.config_files import load_config, replace_fields
 from gptjax.errors import UserError
 from gptjax.stages.callbacks import watcher
-from gptjax.stages.pretrain import train as train_run
+from gptjax.stages.train import train as train_run
 from gptjax.training.checkpoint import all_steps, open_checkpoints, save
 from gptjax.training.lock import LOCK_FILE
 from gptjax.training.metrics import Console, read_metrics
@@ -136,7 +136,8 @@ def test_a_full_disk_ends_the_run_in_one_line(run):
 
     options = "--training.steps 1000000 --training.eval-every-steps 0 --checkpoint.every-steps 307".split()
     options += "--training.log-every-steps 100".split()
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, "-c", LIMITED, str(ROOT / "train.py"), str(run), *options]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 2, result.stderr

@@ -13,7 +13,7 @@ from gptjax.config import Config
 from gptjax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if not path.stem.startswith("recipe_"))
 QUICKSTART = ROOT / "configs" / "quickstart.py"
 
 

@@ -192,7 +192,7 @@ def test_commands_parse(monkeypatch):
     assert len(found["jobset.yaml"]) == len(found["sky.yaml"]) == 1
     assert len(found[DOC.name]) >= 4
     for words in (words for lines in found.values() for words in lines):
-        config, _, launch, _ = cli.parse_train(words, ROOT / "configs" / "quickstart.py")
+        config, _, launch, *_ = cli.parse_train(words, ROOT / "configs" / "quickstart.py")
         assert config.run_dir is not None
         if "--distributed.coordinator" in words:
             assert (launch.num_processes, launch.process_id) == (2, 0)

@@ -12,12 +12,14 @@ from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.generate import generate
-from gptjax.stages.pretrain import train
+from gptjax.stages.train import train
 from gptjax.training.load import load_run
 from gptjax.training.metrics import read_metrics
 from gptjax.training.schedule import Progress, batch_size, learning_rate
 
-CONFIGS = {path.stem: load_config(path) for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py"))}
+FILES = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.py") if not p.stem.startswith("recipe_"))
+EVERY = {path.stem: load_config(path) for path in FILES}
+CONFIGS = {name: config for name, config in EVERY.items() if config.stage == "pretrain"}
 
 
 def count(config: Config, vocab_size: int | None = None) -> int:

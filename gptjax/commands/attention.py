@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from gptjax.evaluation.pictures import require_fits, require_panels, require_picture
     from gptjax.parallel.mesh import one_device_mesh
-    from gptjax.text.labels import token_label
+    from gptjax.text.labels import token_labels
     from gptjax.training.load import load_run
 
     require_picture(parsed.out)
@@ -85,9 +85,7 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("--text is empty; give some words")
         run.tokenizer.require_lossless(parsed.text, token_ids)
         require_fits(len(token_ids), model.context_length)
-        raws = run.tokenizer.token_bytes()
-        names = {i: name for name, i in run.tokenizer.special_token_ids.items()}
-        labels = [token_label(raw, names.get(i, "")) for i, raw in enumerate(raws)]
+        labels = token_labels(run.tokenizer)
         show = _show_lens if parsed.logit_lens else _show_attention
         show(run, parsed, token_ids, labels)
     if parsed.json != "-":

@@ -132,6 +132,11 @@ def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocu
     from gptjax.training.checkpoint import read_metadata
     from gptjax.training.run_dir import CHECKPOINTS
 
+    if not parsed.data and run.config.stage != "pretrain":
+        raise UserError(
+            f"{run.directory} has learned no text but {run.config.stage}, whose held-out figures stand in its "
+            "metrics.jsonl; give a text to predict as --data"
+        )
     prepared = not parsed.data or (Path(parsed.data[0]) / INDEX_FILE).is_file()
     if not prepared:
         data = DataConfig(path=parsed.data, text_field=parsed.text_field)

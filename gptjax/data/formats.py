@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.errors import UserError
 from gptjax.text.tokenizer import split_text
@@ -49,6 +49,31 @@ class Problem(NamedTuple):
         return self.reason.endswith("without text field")
 
 
+class Record(NamedTuple):
+    """One object of a file of data, and where it came from."""
+
+    values: dict[str, Any]
+    origin: str
+
+
+def read_records(path: Path) -> Iterator[Record | Problem]:
+    """The objects of a `.json` (one array), `.jsonl` or `.parquet` file, and what in it is none.
+
+    Raises:
+        UserError: a package that this format needs is missing.
+    """
+    readers = {".json": _read_array, ".jsonl": _read_objects, ".parquet": _read_rows}
+    form = _form(path)
+    if form not in readers:
+        yield Problem("unreadable files", f"{path} is none of {', '.join(readers)}, which hold conversations")
+        return
+    yield from _guarded(path, readers[form](path), is_named=True)
+
+
+def _form(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+
+
 def read(path: Path, text_field: str, is_named: bool) -> Iterator[Document | Problem]:
     """The documents of a file, and what in it is none.
 
@@ -59,11 +84,15 @@ def read(path: Path, text_field: str, is_named: bool) -> Iterator[Document | Pro
     Raises:
         UserError: a package that this format needs is missing.
     """
-    form = Path(path.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
     readers = {".jsonl": _read_lines, ".parquet": _read_parquet}
+    yield from _guarded(path, readers.get(_form(path), _read_text)(path, text_field), is_named)
+
+
+def _guarded(path: Path, items: Iterator[Any], is_named: bool) -> Iterator[Any]:
+    """The items of a file, and what keeps the rest of it from being read."""
     nothing = True
     try:
-        for item in readers.get(form, _read_text)(path, text_field):
+        for item in items:
             nothing = False
             yield item
     except (OSError, EOFError, zlib.error) as error:
@@ -151,25 +180,71 @@ def _pieces(path: Path) -> Iterator[Document]:
 
 
 def _read_lines(path: Path, text_field: str) -> Iterator[Document | Problem]:
+    for item in _read_objects(path):
+        yield item if isinstance(item, Problem) else _text_of_record(item, text_field)
+
+
+def _read_objects(path: Path) -> Iterator[Record | Problem]:
+    """The objects of a `.jsonl`, one a line."""
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield _read_line(line, text_field, f"{path}:{number}")
+                yield _read_object(line, f"{path}:{number}")
 
 
-def _read_line(line: bytes, text_field: str, origin: str) -> Document | Problem:
+def _read_object(line: bytes, origin: str) -> Record | Problem:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        values = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return Problem("undecodable lines", f"{origin} is not UTF-8: byte {_bad_byte(error, line)} of the line")
     except (ValueError, RecursionError) as error:
         return Problem("broken lines", f"{origin} is not JSON: {error}")
-    if not isinstance(record, dict):
-        return Problem("broken lines", f"{origin} holds a JSON {type(record).__name__}, not an object")
-    if text_field not in record:
-        fields = ", ".join(record) or "none"
-        return Problem("lines without text field", f"{origin} has no field {text_field!r}, but {fields}")
-    return _text_of_field(record[text_field], text_field, origin)
+    return _as_record(values, origin)
+
+
+def _as_record(values: object, origin: str) -> Record | Problem:
+    if isinstance(values, dict):
+        return Record(values, origin)
+    return Problem("broken lines", f"{origin} holds a JSON {type(values).__name__}, not an object")
+
+
+def _text_of_record(record: Record, text_field: str) -> Document | Problem:
+    if text_field not in record.values:
+        fields = ", ".join(record.values) or "none"
+        return Problem("lines without text field", f"{record.origin} has no field {text_field!r}, but {fields}")
+    return _text_of_field(record.values[text_field], text_field, record.origin)
+
+
+def _read_array(path: Path) -> Iterator[Record | Problem]:
+    """The objects of a `.json` that is one array of them."""
+    with _open(path) as stream:
+        raw = stream.read()
+    try:
+        values = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        yield Problem("undecodable files", f"{path} is not UTF-8: byte {_bad_byte(error, raw)}")
+    except (ValueError, RecursionError) as error:
+        yield Problem("broken files", f"{path} is not JSON: {error}")
+    else:
+        if isinstance(values, list):
+            yield from (_as_record(value, f"{path}:{number}") for number, value in enumerate(values, start=1))
+        else:
+            kind = type(values).__name__
+            yield Problem("broken files", f"{path} holds a JSON {kind}, not an array of objects; one a line is .jsonl")
+
+
+def _read_rows(path: Path) -> Iterator[Record | Problem]:
+    """The rows of a `.parquet`."""
+    pyarrow = _pyarrow()
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            row = 0
+            for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield Record(values, f"{path}:{row}")
+    except pyarrow.ArrowInvalid as error:
+        yield Problem("unreadable files", f"{path} is no parquet file: {' '.join(str(error).split())}")
 
 
 def _text_of_field(text: object, text_field: str, origin: str) -> Document | Problem:

@@ -1,7 +1,7 @@
 """Rows of tokens in training order and in file order. Legend: B batch, T tokens."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -44,6 +44,13 @@ class TokenRows:
         return np.asarray(self._tokens[start : start + self._context_length + 1], np.int32)
 
 
+class Rows(Protocol):
+    """Random access to rows: arrays of tokens as `TokenRows` has them, or mappings of arrays."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> Any: ...
+
+
 class Share(NamedTuple):
     """What a process reads of every batch."""
 
@@ -66,6 +73,13 @@ class _Shared:
         return self._order[self._position + batch * self._share.batch_size + int(self._share.rows[row])]
 
 
+def stack(rows: Sequence[Any]) -> Any:
+    """Rows as one array, or, where each is a mapping, as one array for each name."""
+    if isinstance(rows[0], Mapping):
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return np.stack(rows)
+
+
 class RowStream:
     """Rows in training order, without end: of each source every epoch all rows once, in an order of its own.
 
@@ -77,7 +91,7 @@ class RowStream:
 
     def __init__(
         self,
-        sources: Sequence[TokenRows],
+        sources: Sequence[Rows],
         seed: int,
         position: int = 0,
         *,
@@ -92,6 +106,8 @@ class RowStream:
             share: rows of each batch that are read; None: all. `position` is a multiple of the batch.
         """
         self.position, self._share = position, share or Share(np.zeros(1, int), 1)
+        self.metrics: dict[str, float] = {}
+        self.on_policy = False
         # Repeated before any batch is cut, so that no epoch loses its tail.
         orders = [
             grain.MapDataset.source(rows).seed(seed + number).shuffle().repeat() for number, rows in enumerate(sources)
@@ -101,10 +117,14 @@ class RowStream:
         mine = order[position:] if share is None else grain.MapDataset.source(_Shared(order, share, position))
         self._iterator = iter(mine.to_iter_dataset(options))
 
-    def take(self, num_rows: int) -> np.ndarray:
-        """Of the next `num_rows`, a multiple of the batch, those of this share, int32 [rows, T+1]."""
+    def take(self, num_rows: int, state: Any = None) -> Any:
+        """Of the next `num_rows`, a multiple of the batch, those of this share, stacked: int32 [rows, T+1] of tokens.
+
+        Args:
+            state: of training; these rows do not depend on it.
+        """
         batches = num_rows // self._share.batch_size
-        rows = np.stack([next(self._iterator) for _ in range(batches * len(self._share.rows))])
+        rows = stack([next(self._iterator) for _ in range(batches * len(self._share.rows))])
         self.position += num_rows
         return rows
 
@@ -113,10 +133,8 @@ class RowStream:
         self._iterator.close()
 
 
-def evaluation_rows(
-    rows: TokenRows, batch_size: int, limit: int, share: Share | None = None
-) -> Iterator[tuple[np.ndarray, int]]:
-    """`limit` rows (0: all), evenly spaced in file order, as batches int32 [B, T+1] and how many of their rows count.
+def evaluation_rows(rows: Rows, batch_size: int, limit: int, share: Share | None = None) -> Iterator[tuple[Any, int]]:
+    """`limit` rows (0: all), evenly spaced in file order, as batches [B, ...] and how many of their rows count.
 
     The last batch is filled up by repeating its last row, so that all have one shape.
 
@@ -129,4 +147,4 @@ def evaluation_rows(
     for start in range(0, total, batch_size):
         batch = chosen[start : start + batch_size]
         filled = batch + batch[-1:] * (batch_size - len(batch))
-        yield np.stack([rows[filled[number]] for number in mine]), len(batch)
+        yield stack([rows[filled[number]] for number in mine]), len(batch)

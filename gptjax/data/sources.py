@@ -58,15 +58,18 @@ class SourceFile(NamedTuple):
         return self.entry == str(self.path)
 
 
-def source_files(data: DataConfig) -> list[SourceFile]:
+def source_files(data: DataConfig, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[SourceFile]:
     """All files of `data.path`, in the order of its entries, each folder sorted; hidden ones are left out.
 
     Those of the Hub are downloaded into its own cache.
 
+    Args:
+        suffixes: what is taken of a folder.
+
     Raises:
         UserError: a path that does not exist, with the nearest that does, or a folder or glob without text.
     """
-    return [file for entry in data.path for file in _files_of_entry(entry)]
+    return [file for entry in data.path for file in _files_of_entry(entry, suffixes)]
 
 
 def read_documents(
@@ -116,16 +119,16 @@ def source_fingerprint(data: DataConfig) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _files_of_entry(entry: str) -> list[SourceFile]:
+def _files_of_entry(entry: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
     if entry == STDLIB:
         return _stdlib_files()
     if hub.is_hub(entry):
         return [SourceFile(path, name, entry) for path, name in hub.download(entry)]
     path = Path(entry)
     if path.is_dir():
-        files = [SourceFile(p, p.relative_to(path).as_posix(), entry) for p in _text_files_below(path)]
+        files = [SourceFile(p, p.relative_to(path).as_posix(), entry) for p in _text_files_below(path, suffixes)]
         if not files:
-            raise UserError(f"data.path {entry} has no text; files that end in {' '.join(TEXT_SUFFIXES)} would be read")
+            raise UserError(f"data.path {entry} has no text; files that end in {' '.join(suffixes)} would be read")
         return files
     if path.is_file():
         return [SourceFile(path, path.name, str(path))]
@@ -137,21 +140,20 @@ def _files_of_entry(entry: str) -> list[SourceFile]:
     raise UserError(f"data.path {entry} does not exist{_nearest(path)}")
 
 
-def _is_text(name: str) -> bool:
-    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(TEXT_SUFFIXES)
-
-
-def _text_files_below(folder: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+def _text_files_below(
+    folder: Path, suffixes: tuple[str, ...], left_out: frozenset[str] = frozenset()
+) -> Iterator[Path]:
     for directory, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in left_out)
         for name in sorted(names):
-            if not name.startswith(".") and _is_text(name):
+            is_text = name.lower().removesuffix(".gz").removesuffix(".zst").endswith(suffixes)
+            if is_text and not name.startswith("."):
                 yield Path(directory, name)
 
 
 def _stdlib_files() -> list[SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = [p for p in _text_files_below(root, _NOT_STDLIB) if p.suffix == ".py"]
+    found = [p for p in _text_files_below(root, TEXT_SUFFIXES, _NOT_STDLIB) if p.suffix == ".py"]
     files = [SourceFile(p, p.relative_to(root).as_posix(), STDLIB) for p in found]
     if not files:
         raise UserError(f"{STDLIB}: this Python has no library source at {root}; give data.path")

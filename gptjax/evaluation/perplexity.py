@@ -5,7 +5,7 @@ Shape suffixes: B batch, T tokens, V vocabulary.
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_copy, compute_dtype
-from gptjax.training.losses import inputs_and_labels, loss_of_labels
+from gptjax.training.losses import Batch, inputs_and_labels, lay_out, loss_of_labels
 
 
 class Perplexity(NamedTuple):
@@ -40,47 +40,54 @@ class Perplexity(NamedTuple):
 def evaluate(
     config: ModelConfig,
     params: Params,
-    batches: Iterable[tuple[np.ndarray, int]],
+    batches: Iterable[tuple[np.ndarray | Mapping[str, np.ndarray], int]],
     token_bytes_V: np.ndarray,
     separator: int | None = None,
     batch_size: int | None = None,
     chunk_tokens: int = 0,
+    packed: bool = False,
 ) -> Perplexity:
     """Predict every label of the batches once, each row on its own, under the current mesh.
 
     Args:
-        batches: (B, T+1) int32 token ids, with the number of rows that count: the last batch is filled up.
+        batches: (B, T+1) int32 token ids, or a `Batch`, with the number of rows that count: the last is filled up.
         token_bytes_V: UTF-8 bytes that each token stands for.
         separator: the token between documents that do not see each other; None: they do.
         batch_size: B, where a process has only its rows of the batches; None: they are whole.
         chunk_tokens: as `loss_of_labels` takes it.
+        packed: as `inputs_and_labels` takes it.
     """
     weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
     token_bytes = np.asarray(token_bytes_V, np.int32)
-    sums = [  # dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64
-        _sums(
-            config, weights, sharding.put_batch(tokens_BT, batch_size), num_rows, token_bytes, separator, chunk_tokens
-        )
-        for tokens_BT, num_rows in batches
-    ]
+
+    def sums_of(rows: np.ndarray | Mapping[str, np.ndarray], num_rows: int) -> tuple[jax.Array, ...]:
+        rows = rows if isinstance(rows, Mapping) else {"tokens": rows}
+        batch = {name: sharding.put_batch(values, batch_size) for name, values in rows.items()}
+        return _sums(config, weights, batch, num_rows, token_bytes, separator, chunk_tokens, packed)
+
+    # Dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64.
+    sums = [sums_of(rows, num_rows) for rows, num_rows in batches]
     nats, num_tokens, num_bytes = np.sum([[float(x) for x in batch] for batch in sums], axis=0)
     return Perplexity(float(nats / num_tokens), int(num_tokens), int(num_bytes))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "separator", "chunk_tokens"))
+@functools.partial(jax.jit, static_argnames=("config", "separator", "chunk_tokens", "packed"))
 def _sums(
     config: ModelConfig,
     params: Params,
-    tokens_BT: jax.Array,
+    batch: Batch,
     num_rows: int,
     token_bytes: jax.Array,
     separator: int | None,
     chunk_tokens: int,
+    packed: bool,
 ):
-    inputs_BT, labels_BT, places = inputs_and_labels({"tokens": tokens_BT}, separator)
+    inputs_BT, labels_BT, places = inputs_and_labels(batch, separator, packed)
     output = loss_of_labels(config, labels_BT, chunk_tokens)
     (nll_BT, _), _ = GPT(config).apply({"params": params}, inputs_BT, **places, output=output)
     row_BT = jax.lax.broadcasted_iota(jnp.int32, labels_BT.shape, 0, out_sharding=sharding.spec("batch", "sequence"))
     counts_BT = row_BT < num_rows
+    if "loss_mask" in batch:
+        counts_BT &= lay_out(batch["loss_mask"][:, 1:]) > 0
     bytes_BT = token_bytes.at[labels_BT].get(out_sharding=sharding.spec("batch", "sequence"))
     return jnp.where(counts_BT, nll_BT, 0.0).sum(), counts_BT.sum(), jnp.where(counts_BT, bytes_BT, 0).sum()

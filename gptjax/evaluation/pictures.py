@@ -50,7 +50,7 @@ def plot_attention(
     require_fits(T)
     require_panels(len(layers), num_heads)
     side = max(1.6, 0.13 * T)
-    figure = _figure(num_heads * side + 1.2, len(layers) * side + 0.9)
+    figure = new_figure(num_heads * side + 1.2, len(layers) * side + 0.9)
     axes = figure.subplots(len(layers), num_heads, squeeze=False)
     size = 7 if T <= 24 else 4.5
     for row, layer in enumerate(layers):
@@ -73,7 +73,7 @@ def plot_attention(
     marks = (0, 0.01, 0.1, 0.25, 0.5, 1)
     bar.set_ticks([math.sqrt(mark) for mark in marks], labels=[f"{mark:g}" for mark in marks], fontsize=7)
     figure.suptitle("attention: each row is a token, its columns the tokens that it looks at", fontsize=9)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def plot_logit_lens(
@@ -97,7 +97,7 @@ def plot_logit_lens(
     L, T = lens.probability_LT.shape
     labels = [_drawable(label) for label in labels]
     require_fits(T)
-    figure = _figure(0.75 * T + 1.8, 0.32 * L + 1.5)
+    figure = new_figure(0.75 * T + 1.8, 0.32 * L + 1.5)
     axes = figure.subplots()
     image = axes.imshow(lens.probability_LT, cmap="viridis", vmin=0, vmax=1, aspect="auto", origin="lower")
     for layer in range(L):
@@ -111,7 +111,7 @@ def plot_logit_lens(
     axes.set_yticks(range(L), [f"after layer {layer}" for layer in layers or range(L)], fontsize=7)
     axes.set_title("the next token that each layer would predict, and its probability", fontsize=9)
     figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.PathLike | None = None) -> "Figure":
@@ -124,7 +124,7 @@ def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.
     Raises:
         UserError: matplotlib is missing.
     """
-    figure = _figure(7, 4.2)
+    figure = new_figure(7, 4.2)
     axes = figure.add_subplot(xlabel="tokens before, in the window", ylabel="loss (nats per token)")
     for name, values in losses.items():
         points = [(t, value) for t, value in enumerate(values) if value is not None]
@@ -133,7 +133,7 @@ def plot_positions(losses: Mapping[str, Sequence[float | None]], path: str | os.
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def require_fits(num_tokens: int, context_length: int = MAX_TOKENS) -> None:
@@ -166,7 +166,7 @@ def require_picture(path: str | os.PathLike) -> None:
     Raises:
         UserError: matplotlib is missing, or it draws no picture of this file's kind.
     """
-    kinds = _figure(1, 1).canvas.get_supported_filetypes()
+    kinds = new_figure(1, 1).canvas.get_supported_filetypes()
     if os.path.splitext(path)[1].removeprefix(".").lower() not in kinds:
         raise UserError(f"{path} names no kind of picture; its name may end in .{', .'.join(sorted(kinds))}")
 
@@ -180,7 +180,12 @@ def require_matplotlib() -> None:
         raise UserError('pictures need matplotlib: pip install "gptjax[log]"')
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of this many inches.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
     require_matplotlib()
 
     from matplotlib.figure import Figure
@@ -208,7 +213,12 @@ def _drawable(text: str) -> str:
     return "".join(shown).replace("$", r"\$")
 
 
-def _saved(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
+def saved(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
+    """The figure, written to a file if one is named.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if path is not None:
         try:
             figure.savefig(path, dpi=150)

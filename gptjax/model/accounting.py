@@ -1,55 +1,9 @@
-"""What a model costs: parameters, floating-point operations and the device's peak, each with its formula."""
+"""What a model costs: parameters, floating-point operations, memory and traffic, each with its formula."""
 
 from typing import NamedTuple
 
 from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
-
-PEAK_BF16_FLOPS: dict[str, float] = {
-    # Dense bfloat16 with float32 accumulation, from the vendors' data sheets, by JAX's exact `device_kind`.
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GH200 480GB": 989.4e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
-PEAK_BYTES_PER_SECOND: dict[str, float] = {
-    # Bandwidth of device memory, from the same data sheets.
-    "NVIDIA A100-SXM4-40GB": 1.555e12,
-    "NVIDIA A100-SXM4-80GB": 2.039e12,
-    "NVIDIA A100-PCIE-40GB": 1.555e12,
-    "NVIDIA A100 80GB PCIe": 1.935e12,
-    "NVIDIA H100 80GB HBM3": 3.35e12,
-    "NVIDIA H100 PCIe": 2.0e12,
-    "NVIDIA H200": 4.8e12,
-    "NVIDIA L4": 0.3e12,
-    "NVIDIA L40S": 0.864e12,
-    "NVIDIA GeForce RTX 3090": 0.936e12,
-    "NVIDIA GeForce RTX 4090": 1.008e12,
-    "NVIDIA B200": 8.0e12,
-    "TPU v4": 1.2e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5e": 0.819e12,
-    "TPU v5": 2.765e12,
-    "TPU v5p": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-    "TPU v6e": 1.64e12,
-}
+from gptjax.model.devices import of_kind
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -68,6 +22,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "norms": L * 2 * norm + (norm if config.norm_position == "pre" else 0),
         "head": (0 if config.tie_embeddings else V * D) + (V if config.head_bias else 0),
     }
+    if config.value_head:
+        parts["value_head"] = D + 1
     return parts | {"total": sum(parts.values())}
 
 
@@ -191,38 +147,50 @@ def activation_bytes(
 
     - none: 4 D + (2 N H + 2 K H + U F + F)/t, where U is 2 if gated, else 1. Of these the two norms' results and that
       of the activation can be computed again from the others, so that `least` has 2 D + (2 N H + 2 K H + U F)/t.
-      A kernel that is quadratic adds its weights, N T/t, and `likely` once their gradient.
+      To `likely` JAX adds what derivatives start from: U F/t of the activation, and, with rotary positions or
+      normalized queries and keys, (N H + K H)/t. A kernel that is quadratic adds its weights, N T/t, and `likely` once
+      their gradient.
     - full: D, the block's input. save_attention: D + N H/t and, if the kernel is not quadratic, a float32 log-sum-exp
-      of each head. save_dots: 2 D + (N H + 2 K H + U F)/t. offload: nothing. To `likely` all add what one block
-      computes again.
+      of each head. save_dots: 2 D + (N H + 2 K H + U F)/t, and N H/t if it is not quadratic. offload: nothing.
 
     After the blocks the final norm keeps 2 c R S D, and the loss c R S V/t of logits, in `likely` twice, as their
-    gradient stands beside them; of a chunk if it is chunked.
+    gradient stands beside them; of a chunk if it is chunked. What one block computes again comes when these are gone,
+    so that of the two the larger counts.
     """
     D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, config.context_length
-    N, K, V = config.num_heads, config.resolved_num_kv_heads, config.padded_vocab_size
+    N, K = config.num_heads, config.resolved_num_kv_heads
     t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
     shards = mesh.data * mesh.fsdp * mesh.context
     tokens = batch_size * T / shards
     up = F * (2 if config.gated else 1)
     square = N * T / t if quadratic else 0
     block_least = 2 * D + (2 * N * H + 2 * K * H + up) / t + square
-    block = block_least + 2 * D + F / t
+    rotated = (N * H + K * H) / t if config.qk_norm or config.positions == "rope" else 0
+    block = block_least + 2 * D + (F + up) / t + rotated + square
     kept = {
         "full": D,
-        "save_dots": 2 * D + (N * H + 2 * K * H + up) / t,
+        "save_dots": 2 * D + (N * H * (1 if quadratic else 2) + 2 * K * H + up) / t,
         "save_attention": D + N * H / t + (0 if quadratic else 4 / c * N / t),
         "offload": 0,
     }
+    logits = logits_bytes(config, mesh, batch_size, chunk_tokens)
     if config.remat == "none":
-        least, likely = config.num_layers * block_least, config.num_layers * block + square
+        least, likely, last = config.num_layers * block_least, config.num_layers * (block - square) + square, logits
     else:
-        least = config.num_layers * kept[config.remat]
-        likely = least + block + square
-    logits = (min(tokens, max(chunk_tokens, 1) / shards) if chunk_tokens else tokens) * V / t
+        least = likely = config.num_layers * kept[config.remat]
+        last = max(logits, c * tokens * block)
     return Memory(
-        int(c * (tokens * least + tokens * D + logits)), int(c * (tokens * likely + 2 * tokens * D + 2 * logits))
+        int(c * (tokens * least + tokens * D) + logits / 2), int(c * (tokens * likely + 2 * tokens * D) + last)
     )
+
+
+def logits_bytes(config: ModelConfig, mesh: MeshConfig, batch_size: int, chunk_tokens: int = 0) -> int:
+    """Logits and their gradient of a micro-batch, or of a chunk of the loss, on one device, in the compute type."""
+    shards = mesh.data * mesh.fsdp * mesh.context
+    tokens = batch_size * config.context_length / shards
+    tokens = min(tokens, max(chunk_tokens, 1) / shards) if chunk_tokens else tokens
+    width = 2 if config.compute_dtype == "bfloat16" else 4
+    return int(2 * width * tokens * config.padded_vocab_size / mesh.tensor)
 
 
 def cache_elements(config: ModelConfig, batch_size: int, num_slots: int, call_tokens: int = 1) -> int:
@@ -248,12 +216,14 @@ def decode_bytes(config: ModelConfig, batch_size: int, length: float, weight_byt
 
 def peak_bandwidth(device_kind: str) -> float | None:
     """Bytes per second of one device's memory, or None where the table does not know it."""
-    return PEAK_BYTES_PER_SECOND.get(device_kind)
+    device = of_kind(device_kind)
+    return None if device is None else device.bytes_per_second
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Peak of one device for matrix products in this type, or None where the table does not know it."""
-    return PEAK_BF16_FLOPS.get(device_kind) if dtype == "bfloat16" else None
+    device = of_kind(device_kind) if dtype == "bfloat16" else None
+    return None if device is None else device.flops
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, num_devices: int, peak: float | None) -> float | None:

@@ -16,8 +16,9 @@ from gptjax.config import ModelConfig
 from gptjax.model import kernels
 from gptjax.model.cache import LayerCache, key_positions, read, write
 from gptjax.model.few_queries import MOST_FEW, few_queries_attention
-from gptjax.model.layers import Linear, Norm, rotate
+from gptjax.model.layers import Linear, Norm, rotate, scaled
 from gptjax.parallel import sharding
+from gptjax.parametrization import multipliers
 
 
 class Placement(NamedTuple):
@@ -176,17 +177,19 @@ class Attention(nn.Module):
             )
         out_sharding = sharding.spec("batch", "sequence", "heads")
         out_BTF = jnp.reshape(out_BTNH, (B, T, c.num_heads * c.resolved_head_dim), out_sharding=out_sharding)
-        residual_std = c.initializer_std * (2 * c.num_layers) ** -0.5
+        scale = multipliers(c)
+        residual_std = c.initializer_std * scale.hidden_std * scale.ending_std * (2 * c.num_layers) ** -0.5
         return Linear(D, ("heads", "embed"), c.bias, residual_std, name="out")(out_BTF), cache
 
     def queries_keys_values(self, x_BTD: jax.Array, place: Placement) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(B, T, N, H), (B, T, K, H) and (B, T, K, H): projected, normalized and rotated as the switches ask."""
         c, (B, T, _) = self.config, x_BTD.shape
-        H = c.resolved_head_dim
+        H, scale = c.resolved_head_dim, multipliers(c)
         x_BTD = sharding.fan_out(x_BTD, "heads")
 
         def project(name: str, num_heads: int, axis: str) -> jax.Array:
-            y = Linear(num_heads * H, ("embed", axis), c.bias, c.initializer_std, c.fp8, name=name)(x_BTD)
+            std = c.initializer_std * scale.hidden_std
+            y = Linear(num_heads * H, ("embed", axis), c.bias, std, c.fp8, name=name)(x_BTD)
             out_sharding = sharding.spec("batch", "sequence", axis, "head_dim")
             return jnp.reshape(y, (B, T, num_heads, H), out_sharding=out_sharding)
 
@@ -199,7 +202,7 @@ class Attention(nn.Module):
         if c.positions == "rope":
             q_BTNH = rotate(q_BTNH, place.positions, c.rope_base, c.rotary_dim)
             k_BTKH = rotate(k_BTKH, place.positions, c.rope_base, c.rotary_dim)
-        return q_BTNH, k_BTKH, v_BTKH
+        return scaled(q_BTNH, scale.attention), k_BTKH, v_BTKH
 
     def _dropout_mask(self, q_BTNH: jax.Array, S: int, key: jax.Array | None) -> jax.Array | None:
         rate = self.config.attention_dropout

@@ -31,14 +31,20 @@ from gptjax.model.layers import (
     matmul,
     normal,
     parameter,
+    scaled,
     sinusoid,
     softcap,
 )
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_dtype
+from gptjax.parametrization import multipliers
 
 Params = Any
 """A plain dictionary of arrays: `embedding`, `positions`, `blocks`, `final_norm`, `head`, as the switches ask."""
+
+
+VALUE_HEAD = ("value_head", "value_bias")
+"""Names of the parameters that a reward model or a critic has beside a language model's."""
 
 
 class Block(nn.Module):
@@ -55,7 +61,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        c = self.config
+        c, scale = self.config, multipliers(self.config)
         keys = (None,) * 3 if dropout_key is None else jax.random.split(dropout_key, 3)
 
         attention = Attention(c, self.window, name="attention")
@@ -64,8 +70,8 @@ class Block(nn.Module):
             activation=c.feed_forward,
             gated=c.gated,
             bias=c.bias,
-            init_std=c.initializer_std,
-            residual_std=c.initializer_std * (2 * c.num_layers) ** -0.5,
+            init_std=c.initializer_std * scale.hidden_std,
+            residual_std=c.initializer_std * scale.hidden_std * scale.ending_std * (2 * c.num_layers) ** -0.5,
             fp8=c.fp8,
             name="feed_forward",
         )
@@ -73,9 +79,9 @@ class Block(nn.Module):
         feed_forward_norm = make_norm(c, "feed_forward_norm")
         if c.norm_position == "pre":
             y, cache = attention(attention_norm(x_BTD), place, cache, keys[0])
-            x_BTD = x_BTD + dropout(y, c.residual_dropout, keys[1])
+            x_BTD = x_BTD + scaled(dropout(y, c.residual_dropout, keys[1]), scale.sublayer)
             y = feed_forward(feed_forward_norm(x_BTD))
-            return x_BTD + dropout(y, c.residual_dropout, keys[2]), cache
+            return x_BTD + scaled(dropout(y, c.residual_dropout, keys[2]), scale.sublayer), cache
         y, cache = attention(x_BTD, place, cache, keys[0])
         x_BTD = attention_norm(x_BTD + dropout(y, c.residual_dropout, keys[1]))
         return feed_forward_norm(x_BTD + dropout(feed_forward(x_BTD), c.residual_dropout, keys[2])), cache
@@ -127,6 +133,7 @@ class GPT(nn.Module):
         dropout_key: jax.Array | None = None,
         select_B: jax.Array | None = None,
         output: Callable[[Head, jax.Array], Any] | None = None,
+        values: bool = False,
     ) -> tuple[Any, Cache | None]:
         """Logits of the token after each token.
 
@@ -142,6 +149,7 @@ class GPT(nn.Module):
             select_B: one index into T per row: logits of just that token, as a prefill needs.
             output: computes what is returned instead of logits from the head and the last hidden states, (B, T, D) in
                 the compute type: a loss that does not want all logits at once.
+            values: return instead what `value_head` makes of the last hidden states, (B, T) in float32.
 
         Raises:
             UserError: more tokens than learned positions; or `model.attention_kernel` cannot run this.
@@ -186,9 +194,16 @@ class GPT(nn.Module):
             x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache, in_order)
         if c.norm_position == "pre":
             x_BTD = make_norm(c, "final_norm")(x_BTD)
+        x_BTD = scaled(x_BTD, multipliers(c).logits)  # before the head: fewer numbers than the logits
         if select_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, select_B[:, None, None], axis=1)
 
+        if c.value_head:
+            std = (c.model_dim + 1) ** -0.5  # Stiennon et al. 2020
+            w_D = self.param("value_head", normal(std, "embed"), (c.model_dim,))
+            bias = self.param("value_bias", constant(0.0), ())
+            if values:
+                return jnp.einsum("btd,d->bt", x_BTD.astype(jnp.float32), sharding.gather(w_D, "embed")) + bias, cache
         head_VD = embedding_VD
         if not c.tie_embeddings:
             head_VD = parameter(self, "head", normal(c.initializer_std, "vocab", "embed"), shape)

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 
 from gptjax.model import fp8
 from gptjax.model.int8 import Int8
+from gptjax.model.lora import Lora
 from gptjax.parallel import sharding
 
 
 def matmul(
-    x_BTD: jax.Array, w_DF: jax.Array | Int8, axes: tuple[str, str], order: str = "df", in_fp8: bool = False
+    x_BTD: jax.Array, w_DF: jax.Array | Int8 | Lora, axes: tuple[str, str], order: str = "df", in_fp8: bool = False
 ) -> jax.Array:
     """`x @ w` in x's type, of a weight as it is stored.
 
@@ -26,13 +27,17 @@ def matmul(
     product in float32, in which that is accumulated anyway, and is summed over devices in float32.
 
     Args:
-        w_DF: in any type; in float32 where its gradient is asked for. One of `Int8` has none.
+        w_DF: in any type; in float32 where its gradient is asked for. One of `Int8` has none, of `Lora` its adapter.
         axes: logical axes of `w`. That of F is the result's last, which is whole where F is `embed`.
         order: of w's dimensions; `fd` for one that is stored as its transpose.
         in_fp8: whether the operands of this product, and of the two of its gradient, are rounded to eight bits.
     """
     if isinstance(w_DF, Int8):
         return _int8_matmul(x_BTD, w_DF, axes, order)
+    if isinstance(w_DF, Lora):
+        whole_BTF = _matmul(x_BTD, w_DF.w, axes, order, in_fp8)
+        x_BTR = _matmul(sharding.unmark(x_BTD)[0], w_DF.a, (axes[0], "rank"), order, False)
+        return whole_BTF + _matmul(x_BTR, w_DF.b, ("rank", axes[1]), order, False)
     return _matmul(x_BTD, w_DF, axes, order, in_fp8)
 
 
@@ -126,8 +131,8 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Any:
-    """`module.param(name, init, shape)`, but for `Int8`, of which Flax could not check the shape."""
-    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), Int8):
+    """`module.param(name, init, shape)`, but for `Int8` and `Lora`, of which Flax could not check the shape."""
+    if module.has_variable("params", name) and isinstance(module.get_variable("params", name), Int8 | Lora):
         return module.get_variable("params", name)
     return module.param(name, init, shape)
 
@@ -270,6 +275,11 @@ def look_up(table_VD: jax.Array | Int8, tokens_BT: jax.Array) -> jax.Array:
     tokens_BT = sharding.reshard(tokens_BT, "batch", "sequence")
     in_specs = sharding.spec("vocab", "features"), sharding.spec("batch", "sequence")
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_sharding)(table_VD, tokens_BT)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`factor · x`, and x itself where the factor is 1."""
+    return x if factor == 1.0 else x * factor
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

@@ -1,14 +1,16 @@
-"""The model opened up: what each head looks at, by the very functions that it computes with.
+"""The model opened up: what each head looks at, and what each block makes of its input, by its own functions.
 
 Shape suffixes: B batch, T query tokens, S key tokens, D model, N query heads, K key/value heads, L layers.
 """
+
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gptjax.model.attention import Attention, Placement, attention
-from gptjax.model.gpt import GPT, Block, make_norm, unstack
+from gptjax.model.gpt import GPT, Block, Params, make_norm, unstack
 from gptjax.model.layers import normal
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_dtype
@@ -34,12 +36,11 @@ class AttentionWeights(Attention):
         )
 
 
-class Trace(GPT):
-    """`GPT` with the attention weights of all layers as its result."""
+class _Opened(GPT):
+    """What both views below start from."""
 
-    @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """(L, B, N, T, S), float32; row t has weights for tokens 0 to t that sum to 1."""
+    def start(self, tokens_BT: jax.Array) -> tuple[jax.Array, Placement]:
+        """The residual stream before the first block, and where its tokens stand."""
         c = self.config
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
         positions = sharding.reshard(positions, "batch", "sequence")
@@ -47,11 +48,39 @@ class Trace(GPT):
             "embedding", normal(c.initializer_std, "vocab", "embed"), (c.padded_vocab_size, c.model_dim)
         )
         x_BTD = self._embed(embedding_VD, tokens_BT, positions).astype(compute_dtype(c))
-        place, norm = Placement(positions, positions, in_order=True), make_norm(c, None)
-        weights = []
-        for window, params in zip(c.layer_windows, unstack(self.get_variable("params", "blocks")), strict=True):
+        return x_BTD, Placement(positions, positions, in_order=True)
+
+    def layers(self) -> Iterator[tuple[int | None, Params]]:
+        """Window and parameters of each layer."""
+        return zip(self.config.layer_windows, unstack(self.get_variable("params", "blocks")), strict=True)
+
+
+class Trace(_Opened):
+    """`GPT` with the attention weights of all layers as its result."""
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """(L, B, N, T, S), float32; row t has weights for tokens 0 to t that sum to 1."""
+        c = self.config
+        x_BTD, place = self.start(tokens_BT)
+        norm, weights = make_norm(c, None), []
+        for window, params in self.layers():
             y_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD) if c.norm_position == "pre" else x_BTD
             layer = AttentionWeights(c, window, parent=None).apply({"params": params["attention"]}, y_BTD, place)
             weights.append(layer.astype(jnp.float32).transpose(0, 2, 1, 3))
             x_BTD, _ = Block(c, window, parent=None).apply({"params": params}, x_BTD, place)
         return jnp.stack(weights)
+
+
+class Stream(_Opened):
+    """`GPT` with its residual stream as its result."""
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """(1 + L, B, T, D): as it enters the first block, and as it leaves each."""
+        x_BTD, place = self.start(tokens_BT)
+        stream = [x_BTD]
+        for window, params in self.layers():
+            x_BTD, _ = Block(self.config, window, parent=None).apply({"params": params}, x_BTD, place)
+            stream.append(x_BTD)
+        return jnp.stack(stream)

@@ -31,6 +31,16 @@ def configure(*, deterministic: bool = False) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_GPU_FLAGS}".strip()
 
 
+def pretend_devices(count: int) -> None:
+    """Let JAX see `count` devices of the CPU and nothing else: to compile for many. Call it before a device is used."""
+    import jax
+
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    )
+    jax.config.update("jax_platforms", "cpu")
+
+
 def _keep_freed_memory() -> None:
     """Have glibc keep large blocks that are freed, as it does small ones.
 

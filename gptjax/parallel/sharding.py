@@ -30,6 +30,7 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "ffn": "tensor",
     "vocab": "tensor",
+    "rank": None,  # of adapters
 }
 
 _whole_sequences = contextvars.ContextVar("whole_sequences", default=False)
@@ -189,6 +190,19 @@ def balance(x: jax.Array, axis: int = 1) -> jax.Array:
     return jnp.concatenate([piece for i in range(n) for piece in (pieces[i], pieces[2 * n - 1 - i])], axis=axis)
 
 
+def unbalance(x: jax.Array, axis: int = 1) -> jax.Array:
+    """The reverse of `balance`.
+
+    Args:
+        x: whole along `axis`.
+    """
+    n = num_shards("sequence")
+    if n == 1:
+        return x
+    pieces = jnp.split(x, 2 * n, axis=axis)
+    return jnp.concatenate([*pieces[::2], *pieces[::-2]], axis=axis)
+
+
 def local_rows(num_rows: int) -> np.ndarray:
     """Which rows of a batch of `num_rows` the devices of this process hold, in order: all that it needs to read."""
     target = spec("batch")
@@ -204,25 +218,27 @@ def _addressable_rows(layout: jax.NamedSharding, num_rows: int) -> np.ndarray:
     return np.unique(np.concatenate([rows[index] for index in held]))
 
 
-def put_batch(tokens: np.ndarray, num_rows: int | None = None) -> jax.Array:
-    """Token ids (..., B, T) from the host, with B split over the batch axes of the current mesh.
+def put_batch(values: np.ndarray, num_rows: int | None = None, lead: int | None = None) -> jax.Array:
+    """Token ids (..., B, T), or what else there is of rows, from the host, with B split over the mesh's batch axes.
 
     Args:
-        tokens: whole, or of several processes each one's `local_rows`.
-        num_rows: B; None: `tokens` has them all.
+        values: whole, or of several processes each one's `local_rows`.
+        num_rows: B; None: `values` has them all.
+        lead: dimensions before B; None: all but two.
     """
-    target = spec(*["stack"] * (tokens.ndim - 2), "batch", "keys")
+    lead = values.ndim - 2 if lead is None else lead
+    target = spec(*["stack"] * lead, "batch", *["keys"] * (values.ndim - lead - 1))
     if target is None:
-        return jax.device_put(tokens)
+        return jax.device_put(values)
     layout = jax.NamedSharding(jax.sharding.get_mesh(), target)
     if layout.is_fully_addressable:
-        return jax.device_put(tokens, layout)
-    *lead, held, length = tokens.shape
-    num_rows = held if num_rows is None else num_rows
+        return jax.device_put(values, layout)
+    num_rows = values.shape[lead] if num_rows is None else num_rows
     rows = local_rows(num_rows)
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
-        first, last, _ = index[-2].indices(num_rows)
-        return tokens[..., np.searchsorted(rows, first) : np.searchsorted(rows, last), :]
+        first, last, _ = index[lead].indices(num_rows)
+        held = slice(np.searchsorted(rows, first), np.searchsorted(rows, last))
+        return values[(slice(None),) * lead + (held,)]
 
-    return jax.make_array_from_callback((*lead, num_rows, length), layout, piece)
+    return jax.make_array_from_callback((*values.shape[:lead], num_rows, *values.shape[lead + 1 :]), layout, piece)

@@ -197,7 +197,9 @@ def row_keys(seed: int, num_rows: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(num_rows))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_tokens", "with_logprobs"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "num_tokens", "with_logprobs", "tempered"), donate_argnames=("state",)
+)
 @sharding.whole_sequences()
 def decode_n_tokens(
     config: ModelConfig,
@@ -208,6 +210,7 @@ def decode_n_tokens(
     num_tokens: int,
     *,
     with_logprobs: bool = False,
+    tempered: bool = False,
 ) -> tuple[Drawn, DecodeState]:
     """Draw `num_tokens` tokens for every row, which needs a free slot for each until the row is done.
 
@@ -219,6 +222,7 @@ def decode_n_tokens(
         params: best `decoding_params`.
         settings: the filters that are on (`filter_settings`); scalars or one value per row.
         end_of_text_id: ends a row.
+        tempered: whether log-probabilities are those at the temperature that tokens are drawn at.
     """
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
@@ -227,7 +231,8 @@ def decode_n_tokens(
         tokens_B = jnp.where(state.done_B, end_of_text_id, tokens_B)
         logprobs_B = None
         if with_logprobs:
-            logprobs_B = jnp.where(state.done_B, 0.0, log_probability(state.logits_BV, tokens_B))
+            logits_BV = state.logits_BV / settings["temperature"] if tempered else state.logits_BV
+            logprobs_B = jnp.where(state.done_B, 0.0, log_probability(logits_BV, tokens_B))
         logits_BTV, cache = GPT(config).apply({"params": params}, tokens_B[:, None], cache=state.cache)
         return DecodeState(
             cache=cache._replace(lengths_B=jnp.where(state.done_B, positions_B, positions_B + 1)),

@@ -68,11 +68,7 @@ def generate(
             sampling do not fit.
     """
     chunks, rows = _start_texts(config, params, tokenizer, prompts, sampling, decoding, draft, CHUNK_TOKENS, on_guesses)
-    texts = [""] * len(rows)
-    for chunk in chunks:
-        texts = [text + row.push(*tokens) for text, row, tokens in zip(texts, rows, chunk, strict=True)]
-        if all(row.finish_reason for row in rows):
-            break
+    texts = whole_texts(chunks, rows)
     return [
         Completion(prompt, text, row.token_ids, row.finish_reason)
         for prompt, text, row in zip(prompts, texts, rows, strict=True)
@@ -94,15 +90,26 @@ def stream(
         UserError: as `generate` does, and at the call, not at the first piece.
     """
     chunks, (row,) = _start_texts(config, params, tokenizer, [prompt], sampling, decoding, draft, STREAM_CHUNK_TOKENS)
+    return pieces(chunks, row)
 
-    def pieces() -> Iterator[str]:
-        for (tokens,) in chunks:
-            if piece := row.push(*tokens):
-                yield piece
-            if row.finish_reason:
-                return
 
-    return pieces()
+def whole_texts(chunks: Iterator[list[Chunk]], rows: Sequence[TextStream]) -> list[str]:
+    """The text of each row, when all have ended."""
+    texts = [""] * len(rows)
+    for chunk in chunks:
+        texts = [text + row.push(*tokens) for text, row, tokens in zip(texts, rows, chunk, strict=True)]
+        if all(row.finish_reason for row in rows):
+            break
+    return texts
+
+
+def pieces(chunks: Iterator[list[Chunk]], row: TextStream) -> Iterator[str]:
+    """The text of the only row, as it becomes certain."""
+    for (tokens,) in chunks:
+        if piece := row.push(*tokens):
+            yield piece
+        if row.finish_reason:
+            return
 
 
 def _start_texts(

@@ -1,4 +1,4 @@
-"""What the loop calls in a pretraining run: reports, evaluations, samples and checkpoints.
+"""What the loop calls: reports, evaluations, samples and checkpoints.
 
 All processes evaluate, sample and save together; the first alone writes what is not a checkpoint.
 """
@@ -13,13 +13,13 @@ import orbax.checkpoint as ocp
 
 from gptjax.config import Config, ModelConfig
 from gptjax.config_files import to_dict
-from gptjax.data.loader import Share, TokenRows, evaluation_rows
-from gptjax.data.shards import PreparedData
+from gptjax.data.loader import Rows, Share, evaluation_rows
 from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import evaluate
+from gptjax.model.gpt import Params
 from gptjax.parallel import distributed, sharding
 from gptjax.sampling.config import SamplingConfig
-from gptjax.sampling.generate import generate
+from gptjax.stages.stage import Data
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.ledger import Ledger
@@ -53,7 +53,7 @@ def reporter(
         log.write(metrics)
         for logger in loggers:
             logger.log(metrics)
-        if "val_loss" in metrics:
+        if any(name.startswith("val_") for name in metrics):
             console.log_evaluation(metrics)
             return
         console.log(metrics, config.training.steps)
@@ -61,16 +61,30 @@ def reporter(
     return report
 
 
-def evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callable[[TrainState], dict[str, float]]:
-    """The whole validation split, or evenly spaced sequences of it."""
+def evaluator(
+    config: Config, rows: Rows, tokenizer: Tokenizer, whole: Callable[[Params], Params]
+) -> Callable[[TrainState], dict[str, float]]:
+    """The whole validation split, or evenly spaced sequences of it.
+
+    Args:
+        whole: the model's parameters, from those that are trained.
+    """
     token_bytes = np.array([len(raw) for raw in tokenizer.token_bytes()])
     batch_size, limit = config.training.resolved_micro_batch_size, config.training.eval_sequences
     chunk_tokens = config.training.loss_chunk_tokens
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         batches = evaluation_rows(rows, batch_size, limit, share(config))
-        apart = separator(config, tokenizer)
-        found = evaluate(*(_as_used(config.model), state.params, batches, token_bytes, apart, batch_size, chunk_tokens))
+        found = evaluate(
+            as_used(config.model),
+            whole(state.params),
+            batches,
+            token_bytes,
+            separator(config, tokenizer),
+            batch_size,
+            chunk_tokens,
+            packed=config.stage == "sft",
+        )
         return {
             "val_loss": found.nats_per_token,
             "val_bits_per_byte": found.bits_per_byte,
@@ -80,31 +94,38 @@ def evaluator(config: Config, rows: TokenRows, tokenizer: Tokenizer) -> Callable
     return evaluate_state
 
 
-def _as_used(model: ModelConfig) -> ModelConfig:
+def as_used(model: ModelConfig) -> ModelConfig:
     """What is trained in eight bits is used without, by `load_run` too: the losses here are those of that model."""
     return dataclasses.replace(model, fp8=False)
 
 
 def sampler(
-    config: Config, directory: Path, tokenizer: Tokenizer, console: Console
+    directory: Path, write: Callable[[TrainState], str], log: Callable[[str], None]
 ) -> Callable[[TrainState, Progress], None]:
-    """A text that goes on from `sample_prompt`, to `samples.md` and the console."""
-    training = config.training
-    sampling = SamplingConfig(max_tokens=training.sample_tokens, temperature=0.7, top_p=0.95, seed=training.seed)
+    """What the model writes, to `samples.md` and the console.
+
+    Args:
+        write: all processes call it.
+    """
 
     def sample(state: TrainState, progress: Progress) -> None:
-        (completion,) = generate(_as_used(config.model), state.params, tokenizer, [training.sample_prompt], sampling)
+        text = write(state)
         if not distributed.is_first():
             return
-        text = completion.prompt + completion.text
         try:
             with (directory / run_dir.SAMPLES_FILE).open("a", encoding="utf-8") as file:
                 file.write(f"## step {progress.step}\n\n```\n{text}\n```\n\n")
         except OSError as error:
             raise UserError(f"cannot write {directory / run_dir.SAMPLES_FILE}: {error.strerror}") from error
-        console.message(f"sample at step {progress.step}:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
+        log(f"sample at step {progress.step}:\n" + "\n".join(f"  | {line}" for line in text.splitlines()))
 
     return sample
+
+
+def sample_settings(config: Config) -> SamplingConfig:
+    """How the samples of a run are drawn."""
+    training = config.training
+    return SamplingConfig(max_tokens=training.sample_tokens, temperature=0.7, top_p=0.95, seed=training.seed)
 
 
 def watcher(
@@ -121,7 +142,7 @@ def watcher(
 
 
 def saver(
-    config: Config, manager: ocp.CheckpointManager, data: PreparedData, ledger: Ledger
+    config: Config, manager: ocp.CheckpointManager, data: Data, ledger: Ledger
 ) -> Callable[[TrainState, Progress, dict[str, float] | None], None]:
     """State, progress and all that a run needs to go on."""
 
@@ -129,7 +150,7 @@ def saver(
         metadata = {
             "progress": progress._asdict(),
             "seconds": ledger.seconds,
-            "data": data.index.content_fingerprint,
+            "data": data.fingerprint,
             "config": to_dict(config),
             "tokenizer": data.tokenizer.to_json(),
         }

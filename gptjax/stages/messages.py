@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from gptjax.config import Config, MeshConfig
-from gptjax.data.loader import TokenRows
+from gptjax.data.loader import Rows
 from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.accounting import parameter_counts
@@ -18,17 +18,11 @@ from gptjax.training.metrics import METRICS_FILE, plot_loss
 from gptjax.training.schedule import Progress, final_progress
 
 
-def description(config: Config, sources: dict[str, TokenRows], held_out: TokenRows, progress: Progress) -> str:
-    """What is about to run, in a few lines.
-
-    Args:
-        sources: rows of the training split, by the source's name.
-        held_out: rows of the validation split.
-    """
+def description(config: Config, progress: Progress, of_stage: Sequence[str]) -> str:
+    """What is about to run, in a few lines, the last ones the stage's own."""
     device, model, training = jax.devices()[0], config.model, config.training
     counts = parameter_counts(model)
     sequences = final_progress(training, model.context_length).sequences
-    evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
     return "\n".join(
         (
             f"model: {counts['total']:,} parameters ({counts['embedding']:,} of them embedding), "
@@ -37,10 +31,25 @@ def description(config: Config, sources: dict[str, TokenRows], held_out: TokenRo
             f"attention: {attention_kernels(config)}",
             f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
             f"{sequences * model.context_length:,} tokens, in {config.run_dir}",
-            *_epochs(sources, config.data.weights or (1.0,), sequences, model.context_length),
-            f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, evenly spaced",
+            *of_stage,
         )
     )
+
+
+def of_rows(config: Config, sources: dict[str, Rows], held_out: Rows) -> list[str]:
+    """How often each source is seen, and how much of what is held out.
+
+    Args:
+        sources: rows of the training split, by the source's name.
+        held_out: rows of the validation split.
+    """
+    training, T = config.training, config.model.context_length
+    sequences = final_progress(training, T).sequences
+    evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
+    return [
+        *_epochs(sources, config.data.weights or (1.0,), sequences, T),
+        f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, evenly spaced",
+    ]
 
 
 def attention_kernels(config: Config) -> str:
@@ -49,7 +58,7 @@ def attention_kernels(config: Config) -> str:
     Raises:
         UserError: the one that `model.attention_kernel` forces cannot run.
     """
-    calls = kernels.training_calls(config.model, documents=config.data.separate_documents, context=config.mesh.context)
+    calls = kernels.training_calls(config.model, documents=config.separates_documents, context=config.mesh.context)
     return kernels.describe(config.model, calls, kernels.this_machine())
 
 
@@ -58,9 +67,7 @@ def axes(mesh: MeshConfig) -> str:
     return " × ".join(f"{name} {size}" for name, size in dataclasses.asdict(mesh).items() if name != "expert")
 
 
-def _epochs(
-    sources: dict[str, TokenRows], weights: Sequence[float], sequences: int, context_length: int
-) -> Iterator[str]:
+def _epochs(sources: dict[str, Rows], weights: Sequence[float], sequences: int, context_length: int) -> Iterator[str]:
     relative = [weight / max(weights) for weight in weights]  # the sum of the weights themselves may overflow
     for (name, rows), weight in zip(sources.items(), relative, strict=True):
         share = weight / sum(relative)
@@ -71,7 +78,7 @@ def _epochs(
 def closing(summary: dict[str, Any], directory: Path, config: Config) -> str:
     """What a user wants to know at the end, where everything lies, and the exact next command. Draws the plot."""
     lines = [f"{summary['stopped']} at step {summary['step']} after {summary['wall_seconds']:.0f} s"]
-    if summary["val_loss"] is not None:
+    if summary["val_perplexity"] is not None:
         lines.append(
             f"validation: {summary['val_loss']:.4f} nats/token, {summary['val_bits_per_byte']:.4f} bits/byte, "
             f"perplexity {summary['val_perplexity']:.2f}"
@@ -89,6 +96,14 @@ def closing(summary: dict[str, Any], directory: Path, config: Config) -> str:
 def next_command(directory: Path, config: Config, stopped: str) -> str:
     """How to sample a finished run, or to continue another."""
     run = shlex.quote(str(directory))
+    if stopped == "finished" and config.stage == "reward":
+        source = shlex.quote(config.model.init_from or "RUN")
+        return (
+            "next, a policy that it judges: python train.py configs/ppo.py "
+            f"--model.init-from {source} --rl.reward {run} --data.path {shlex.join(config.data.path)}"
+        )
+    if stopped == "finished" and config.stage != "pretrain":
+        return f"next: python sample.py {run}"
     if stopped == "finished":
         prompt = config.training.sample_prompt
         option = f" --prompt {shlex.quote(prompt)}" if prompt.strip() else ""  # the default starts a new line, too

@@ -7,22 +7,20 @@ from collections.abc import Collection
 from pathlib import Path
 
 import jax
-import optax
 
 from gptjax.config import Config
 from gptjax.config_files import from_dict
-from gptjax.data.shards import PreparedData
 from gptjax.errors import UserError
-from gptjax.model.gpt import GPT
 from gptjax.parallel import distributed
 from gptjax.resolve import refit_mesh
+from gptjax.stages.stage import Data, Stage
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, recovery, run_dir
 from gptjax.training.guard import forget
 from gptjax.training.loop import Callbacks, is_due
 from gptjax.training.metrics import METRICS_FILE, Console, read_metrics
 from gptjax.training.schedule import Progress
-from gptjax.training.state import TrainState, abstract_state, init_state
+from gptjax.training.state import TrainState
 from gptjax.training.summary import read_summary
 
 
@@ -59,11 +57,10 @@ def check_same_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def start(
-    model: GPT,
-    optimizer: optax.GradientTransformation,
     config: Config,
+    stage: Stage,
     directory: Path,
-    data: PreparedData,
+    data: Data,
     console: Console,
     accepted: Collection[str],
 ) -> tuple[TrainState, Progress, dict[str, float]]:
@@ -77,18 +74,18 @@ def start(
     """
     checkpoints = directory / run_dir.CHECKPOINTS
     if not recovery.agreed_steps(checkpoints):
-        return init_state(model, optimizer, config.training.seed), Progress(), {}
+        return stage.new_state(), Progress(), {}
     verify = config.checkpoint.verify
     choice = recovery.choose(checkpoints, checkpoint.steps_by_age, verify=verify, glance=True)
     metadata = checkpoint.read_metadata(checkpoints, choice.step)
     # What config.json says may have been changed since, by hand or by a bad disk; a checkpoint has checksums.
     run_dir.merge_resume(from_dict(metadata["config"]), config, accepted)
-    if metadata["data"] != data.index.content_fingerprint and "data.path" not in accepted:
+    if metadata["data"] != data.fingerprint and "data.path" not in accepted:
         raise UserError(
-            f"the tokens in {data.folder} are not those that {directory} was trained on: the text of data.path has "
+            f"the tokens in {data.place} are not those that {directory} was trained on: the text of data.path has "
             "changed; bring it back, start a new run with another --run-dir, or go on with --accept-changes data.path"
         )
-    state, _ = checkpoint.restore(checkpoints, choice.step, abstract_state(model, optimizer))
+    state, _ = checkpoint.restore(checkpoints, choice.step, stage.abstract_state)
     with distributed.together():
         if distributed.is_first():
             for line in recovery.tidy(checkpoints, choice):

@@ -7,7 +7,7 @@ as it is, so that a run can be sampled while it trains.
 import contextlib
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -165,18 +165,26 @@ def restore(directory: str | os.PathLike, step: int, abstract_state: PyTree) -> 
     return items.state, items.metadata
 
 
-def restore_params(directory: str | os.PathLike, step: int, abstract_params: PyTree) -> PyTree:
-    """Read the subtree `params` of a saved state, as `restore` does; the optimizer's arrays stay on disk.
+def restore_params(
+    directory: str | os.PathLike, step: int, abstract_params: PyTree, place: Sequence[str] = ("params",)
+) -> PyTree:
+    """Read the subtree at `place` of a saved state, as `restore` does; the optimizer's arrays stay on disk.
 
     Raises:
         UserError: as `restore`.
     """
-    target = jax.tree.map(_placed, {"params": abstract_params})
+    target = jax.tree.map(_placed, abstract_params)
+    for name in reversed(place):
+        target = {name: target}
+    prefix = ".".join(place) + "."
     with open_manager(directory) as reader:
-        saved = {name: leaf for name, leaf in _saved_arrays(reader, step).items() if name.startswith("params.")}
+        saved = {name: leaf for name, leaf in _saved_arrays(reader, step).items() if name.startswith(prefix)}
         _require_equal(_leaves(saved), _leaves(_flat(target)), f"checkpoint {step} in {directory}")
     with open_manager(directory, bytes_at_once=_bytes_at_once(saved, _flat(target))) as reader:
-        return _read(reader, step, state=_arrays(target)).state["params"]
+        found = _read(reader, step, state=_arrays(target)).state
+    for name in place:
+        found = found[name]
+    return found
 
 
 def read_metadata(directory: str | os.PathLike, step: int) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-KINDS = ("start", "compile", "data", "evaluation", "sample", "checkpoint", "profile", "lost")
+KINDS = ("start", "compile", "data", "rollout", "evaluation", "sample", "checkpoint", "profile", "lost")
 """What is counted. `start` is everything before the loop; `data` is waiting for data: reading while the device computes
-is part of the step; `profile` is starting, ending and reading a trace; `lost` are steps that were undone, and all since
-the checkpoint that a killed run went back to."""
+is part of the step; `rollout` is drawing and judging answers; `profile` is starting, ending and reading a trace; `lost`
+are steps that were undone, and all since the checkpoint that a killed run went back to."""
 
 
 class Ledger:
@@ -61,6 +61,6 @@ class Ledger:
 
     @property
     def productive_seconds(self) -> float:
-        """Seconds of training steps, waiting for their data included."""
+        """Seconds of training steps, waiting for their data and drawing answers included."""
         seconds = self.seconds
-        return seconds["step"] + seconds["data"]
+        return seconds["step"] + seconds["data"] + seconds["rollout"]

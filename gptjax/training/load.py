@@ -1,6 +1,7 @@
 """A finished or running run, ready to be used."""
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -11,12 +12,13 @@ import jax
 
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
+from gptjax.model import lora
 from gptjax.model.gpt import GPT, Params
 from gptjax.resolve import default_compute_dtype
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, recovery
 from gptjax.training.run_dir import CHECKPOINTS, TOKENIZER_FILE, load_run_config
-from gptjax.training.state import abstract_params
+from gptjax.training.state import abstract, draw_trained
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ def load_run(
 ) -> Run:
     """Load configuration, tokenizer and parameters of a run, onto the current mesh or the default device.
 
-    Nothing is written. In place of a damaged checkpoint that was not named by its number, the next one is used.
+    Adapters are merged into the run that they adapt. Nothing is written. In place of a damaged checkpoint that was not
+    named by its number, the next one is used.
 
     Args:
         step: a step that has a checkpoint, `last`, or `best` (lowest validation loss).
@@ -71,8 +74,19 @@ def load_run(
     model = GPT(config.model)
     checkpoints = directory / CHECKPOINTS
     number = _step_number(checkpoints, step, verify, log)
-    params = checkpoint.restore_params(checkpoints, number, abstract_params(model))
+    trained = abstract(functools.partial(draw_trained, model, config.lora))
+    params = checkpoint.restore_params(checkpoints, number, trained, _place(config))
+    if config.lora.rank:
+        base = load_run(config.model.init_from, verify=verify, log=log).params
+        params = jax.jit(lambda trained, base: lora.merge(lora.join(base, trained, config.lora)))(params, base)
     return Run(directory, config, tokenizer, model, params, number)
+
+
+def _place(config: Config) -> tuple[str, ...]:
+    """Where a run's state has the parameters that are used in the end."""
+    if config.stage == "ppo":
+        return ("extra", "average") if config.ppo.ema_decay else ("params", "policy")
+    return ("params",)
 
 
 def load_draft(directory: str | os.PathLike, run: Run) -> tuple[ModelConfig, Params]:

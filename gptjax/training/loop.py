@@ -22,9 +22,23 @@ from gptjax.training.step import Metrics, TrainStep
 
 
 class Stream(Protocol):
-    """Rows in training order. `take(n)` gives those of the next n that this process needs, (rows, T+1) int32."""
+    """Rows in training order."""
 
-    def take(self, n: int) -> np.ndarray: ...
+    on_policy: bool
+    """Whether the model as it is writes the rows, so that the loop waits for its last step before it asks for them."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """What there is to report of the rows taken last."""
+        ...
+
+    def take(self, num_rows: int, state: TrainState) -> np.ndarray | Mapping[str, np.ndarray]:
+        """Those of the next rows that this process needs: tokens (rows, T+1) int32, or arrays (rows, ...) by name.
+
+        Args:
+            state: as it is now, for rows that the model itself writes.
+        """
+        ...
 
 
 class Diverged(Exception):
@@ -103,8 +117,10 @@ def fit(
                     history.pause(progress, metrics)
                     profiler.begin(progress.step)
         num_steps = min(training.steps_per_dispatch, boundary - progress.step)
-        with ledger(data_kind):
-            batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps)
+        if stream.on_policy:
+            jax.block_until_ready(metrics)
+        with ledger("rollout" if stream.on_policy else data_kind):
+            batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps, state)
         if compiled and guard.rerun_every_steps and progress.step % guard.rerun_every_steps == 0:
             state, metrics, differing = run_twice(train_step, state, batch, counts_K, rates_K, num_steps)
             if differing:
@@ -132,7 +148,7 @@ def fit(
         saves |= owed
         if logs or preempted:
             last = {name: values[num_steps - 1] for name, values in metrics.items()}
-            history.add(progress, float(rates_K[num_steps - 1]), last)
+            history.add(progress, float(rates_K[num_steps - 1]), last, stream.metrics)
         if evaluates or samples or saves or preempted:
             learns = history.rest(progress, {name: values[num_steps - 1] for name, values in metrics.items()})
             # What may be ruined is no checkpoint: a save waits for a step that counts.
@@ -178,20 +194,33 @@ def _next_boundary(step: int, intervals: Iterable[int], steps: int) -> int:
     return min([steps, *((step // interval + 1) * interval for interval in intervals if interval)])
 
 
-def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: int):
+def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: int, state: TrainState):
     """The arguments of `train_step` for the next steps, and the progress after them."""
-    training, T = config.training, config.model.context_length
+    training = config.training
     K, B = training.steps_per_dispatch, training.resolved_micro_batch_size
     A = training.batch_size // B
-    tokens_KABT = np.zeros((K, A, len(sharding.local_rows(B)), T + 1), np.int32)
     counts_K, rates_K = np.zeros((K,), np.int32), np.zeros((K,), np.float32)
     for k in range(num_steps):
         size = batch_size(training, progress)
-        tokens_KABT[k, : size // B] = stream.take(size).reshape(size // B, -1, T + 1)
         counts_K[k] = size // B
         rates_K[k] = learning_rate(config.optimizer, progress)
-        progress = progress.advance(size, T)
-    return {"tokens": sharding.put_batch(tokens_KABT, B)}, counts_K, rates_K, progress
+        progress = progress.advance(size, config.model.context_length)
+    rows = stream.take(int(counts_K.sum()) * B, state)
+    rows = rows if isinstance(rows, Mapping) else {"tokens": rows}
+
+    def laid_out(values: np.ndarray) -> jax.Array:
+        steps_KAB = np.zeros((K, A, len(sharding.local_rows(B)), *values.shape[1:]), values.dtype)
+        micro_batches, start = values.reshape(-1, *steps_KAB.shape[2:]), 0
+        for k in range(num_steps):
+            steps_KAB[k, : counts_K[k]] = micro_batches[start : start + counts_K[k]]
+            start += counts_K[k]
+        return sharding.put_batch(steps_KAB, B, lead=2)
+
+    return {name: laid_out(values) for name, values in rows.items()}, counts_K, rates_K, progress
+
+
+_KNOWN = ("loss", "grad_norm", "weight", "skipped", "skipped_in_a_row", "kl_answer")
+"""Metrics that are reported otherwise or not at all; the others have the names that their stage gives them."""
 
 
 class _History:
@@ -201,7 +230,7 @@ class _History:
         self._report, self._ledger, self._mfu_per_token_rate = report, ledger, mfu_per_token_rate
         self._max_skipped = max_skipped
         self._paused = False
-        self._held: tuple[Progress, float, Metrics] | None = None
+        self._held: tuple[Progress, float, Metrics, dict[str, float]] | None = None
         self._speed: dict[str, float | None] = {"tokens_per_second": None, "mfu": None, "data_wait_fraction": None}
 
     def start(self, progress: Progress) -> None:
@@ -216,26 +245,29 @@ class _History:
         self._measure(progress)
         self._paused = True
 
-    def add(self, progress: Progress, rate: float, metrics: Metrics) -> None:
+    def add(self, progress: Progress, rate: float, metrics: Metrics, of_rows: Mapping[str, float]) -> None:
         """Hold these metrics, and report those that were held."""
-        held, self._held = self._held, (progress, rate, metrics)
+        held, self._held = self._held, (progress, rate, metrics, dict(of_rows))
         if held is not None:
             fetched = jax.device_get(held[2])
             # Where the device keeps up with the host, the newest steps are done by now as well, and count.
             self._measure(progress if _is_done(metrics) else held[0])
-            self._emit(*held[:2], fetched, progress)
+            self._emit(*held[:2], fetched, held[3], progress)
 
     def rest(self, progress: Progress, metrics: Metrics) -> bool:
         """Wait for the newest step, whose metrics these are, report what is held, and say whether the step counted."""
         metrics = jax.device_get(metrics)
         self._measure(progress)
         if self._held is not None:
-            self._emit(*self._held[:2], jax.device_get(self._held[2]), progress)
+            self._emit(*self._held[:2], jax.device_get(self._held[2]), self._held[3], progress)
             self._held = None
         self._require_learning(progress, metrics)
         return metrics["skipped_in_a_row"] == 0
 
-    def _emit(self, progress: Progress, rate: float, metrics: Metrics, newest: Progress) -> None:
+    def _emit(
+        self, progress: Progress, rate: float, metrics: Metrics, of_rows: dict[str, float], newest: Progress
+    ) -> None:
+        own = {name: float(value) for name, value in metrics.items() if name not in _KNOWN}
         self._report(
             {
                 "step": progress.step,
@@ -244,6 +276,8 @@ class _History:
                 "learning_rate": rate,
                 "grad_norm": float(metrics["grad_norm"]),
                 "skipped_steps": int(metrics["skipped"]),
+                **own,
+                **of_rows,
                 **self._speed,
                 "seconds": self._ledger.wall_seconds,
             }
@@ -264,7 +298,7 @@ class _History:
             return
         now, before = self._ledger.seconds, self._seconds
         data_seconds = now["data"] - before["data"]
-        seconds = now["step"] - before["step"] + data_seconds
+        seconds = now["step"] - before["step"] + now["rollout"] - before["rollout"] + data_seconds
         speed, per_rate = tokens / seconds, self._mfu_per_token_rate
         self._speed = {
             "tokens_per_second": speed,

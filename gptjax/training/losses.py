@@ -1,7 +1,8 @@
 """What is minimized. Every stage's loss has one form: `loss(params, batch, dropout_key) -> (sum, sums)`.
 
 `sum` is summed over the batch and `sums["weight"]` says over how much, so that micro-batches of unequal
-weight add up to exactly the large batch.
+weight add up to exactly the large batch. `sums["loss"]` is what is reported as the loss, also summed, and whatever
+else there is becomes a metric of its name, divided by the weight.
 
 Shape suffixes: B batch, T tokens, V padded vocabulary.
 """
@@ -185,8 +186,20 @@ def lay_out(x_BT: jax.Array) -> jax.Array:
     return sharding.reshard(sharding.balance(x_BT), "batch", "sequence")
 
 
-def inputs_and_labels(batch: Batch, separator: int | None) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-    """A model's tokens, the tokens after them, both (B, T), and where the first stand as the model takes it."""
+def text_order(x_BT: jax.Array) -> jax.Array:
+    """The reverse of `lay_out`: in the order of the text, and whole on every device, for the host to read."""
+    return sharding.unbalance(sharding.reshard(x_BT, "stack", "stack"))
+
+
+def inputs_and_labels(
+    batch: Batch, separator: int | None = None, packed: bool = False
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """A model's tokens, the tokens after them, both (B, T), and where the first stand as the model takes it.
+
+    Args:
+        separator: the token between documents that are not to see each other, if rows do not say where those are.
+        packed: promises of the batch's positions that each document counts its own from 0.
+    """
     inputs_BT, labels_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     places = {name: batch[name][:, :-1] for name in ("segment_ids", "positions") if name in batch}
     if separator is not None:
@@ -195,45 +208,56 @@ def inputs_and_labels(batch: Batch, separator: int | None) -> tuple[jax.Array, j
     if "positions" not in places and sharding.num_shards("sequence") > 1:  # the order is another, the places are not
         whole = jax.typeof(inputs_BT).sharding
         places["positions"] = jax.lax.broadcasted_iota(jnp.int32, inputs_BT.shape, 1, out_sharding=whole)
-    return lay_out(inputs_BT), lay_out(labels_BT), jax.tree.map(lay_out, places)
+    return (
+        lay_out(inputs_BT),
+        lay_out(labels_BT),
+        jax.tree.map(lay_out, places) | ({"in_order": True} if packed else {}),
+    )
 
 
 def loss_of_labels(
-    config: ModelConfig, labels_BT: jax.Array, chunk_tokens: int = 0
+    config: ModelConfig, labels_BT: jax.Array, chunk_tokens: int = 0, temperature: float = 1.0
 ) -> Callable[[Head, jax.Array], tuple[jax.Array, jax.Array]]:
     """What `GPT` takes as `output` to give the labels' cross-entropy and log Z in place of logits.
 
     Args:
         chunk_tokens: as `chunked_cross_entropy` takes it; 0: all at once.
+        temperature: divides the logits, of which there are no chunks then.
     """
 
     def output(head: Head, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if chunk_tokens:
+        if chunk_tokens and temperature == 1.0:
             return chunked_cross_entropy(config, chunk_tokens, head, x_BTD, labels_BT)
-        return cross_entropy(head_logits(config, head, x_BTD), labels_BT, config.vocab_size)
+        logits_BTV = head_logits(config, head, x_BTD)
+        if temperature != 1.0:  # in float32, as `apply_filters` divides what tokens are drawn from
+            logits_BTV = logits_BTV.astype(jnp.float32) / temperature
+        return cross_entropy(logits_BTV, labels_BT, config.vocab_size)
 
     return output
 
 
-def language_model_loss(model: GPT, z_loss: float = 0.0, separator: int | None = None, chunk_tokens: int = 0) -> Loss:
+def language_model_loss(
+    model: GPT, z_loss: float = 0.0, separator: int | None = None, chunk_tokens: int = 0, packed: bool = False
+) -> Loss:
     """Next-token cross-entropy plus `z_loss` · log²Z (PaLM, Chowdhery et al. 2022).
 
-    The sums are `weight` (predicted tokens) and `nll` (cross-entropy alone, in nats).
+    The sums are `weight` (predicted tokens) and `loss` (cross-entropy alone, in nats).
 
     Args:
         separator: the token between documents that are not to see each other; None: a row is one text, or the
             batch says which documents it holds.
         chunk_tokens: as `loss_of_labels` takes it.
+        packed: as `inputs_and_labels` takes it.
     """
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None):
-        inputs_BT, labels_BT, places = inputs_and_labels(batch, separator)
+        inputs_BT, labels_BT, places = inputs_and_labels(batch, separator, packed)
         output = loss_of_labels(model.config, labels_BT, chunk_tokens)
         (nll_BT, log_z_BT), _ = model.apply(
             {"params": params}, inputs_BT, **places, dropout_key=dropout_key, output=output
         )
         mask_BT = lay_out(batch["loss_mask"][:, 1:]) if "loss_mask" in batch else jnp.ones_like(nll_BT)
         total = ((nll_BT + z_loss * jnp.square(log_z_BT)) * mask_BT).sum()
-        return total, {"weight": mask_BT.sum(dtype=jnp.float32), "nll": (nll_BT * mask_BT).sum()}
+        return total, {"weight": mask_BT.sum(dtype=jnp.float32), "loss": (nll_BT * mask_BT).sum()}
 
     return loss

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
+TRAINING = (
+    *("step", "tokens", "loss", "learning_rate", "grad_norm", "skipped_steps"),
+    *("tokens_per_second", "mfu", "data_wait_fraction", "seconds"),
+)
+"""What every stage's line of `metrics.jsonl` has; whatever else there is has the stage's own names."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ def training_line(record: Mapping[str, Any], eta_seconds: float | None) -> str:
     """The numbers of a training record in one line, the ones that a narrow terminal cuts off last."""
     fields = (
         ("loss {:.3f}", record["loss"]),
+        *((f"{name.replace('_', ' ')} {{:.3g}}", value) for name, value in record.items() if _is_shown(name)),
         ("{:,.0f} tok/s", record["tokens_per_second"]),
         ("MFU {:.1%}", record["mfu"]),
         ("ETA {}", None if eta_seconds is None else _clock(eta_seconds)),
@@ -151,8 +157,17 @@ def training_line(record: Mapping[str, Any], eta_seconds: float | None) -> str:
     )
 
 
+def _is_shown(name: str) -> bool:
+    """Whether a number of the stage's own is for people, too: what took how long is for later."""
+    return name not in TRAINING and not name.endswith("_seconds")
+
+
 def evaluation_line(record: Mapping[str, Any]) -> str:
     """The numbers of an evaluation in one line."""
+    if "val_perplexity" not in record:
+        found = {name.removeprefix("val_"): value for name, value in record.items() if name.startswith("val_")}
+        numbers = (f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items() if value is not None)
+        return f"step {record['step']}  validation  {'  '.join(numbers)}"
     return (
         f"step {record['step']}  validation {record['val_loss']:.3f} nats/token  "
         f"{record['val_bits_per_byte']:.2f} bits/byte  perplexity {record['val_perplexity']:.1f}"
@@ -176,10 +191,18 @@ def _clock(seconds: float) -> str:
     return text.removeprefix("0:").removeprefix("0") if text.startswith("0:") else text
 
 
+def plotted(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """What a run is about, by its name among the metrics, and with its unit."""
+    names = set().union(*records)
+    if "reward" in names:
+        return "reward", "reward"
+    return "loss", "loss" if "val_accuracy" in names else "loss (nats per token)"
+
+
 def plot_loss(
     run_or_metrics: str | os.PathLike | Sequence[Mapping[str, Any]], path: str | os.PathLike | None = None
 ) -> "Figure":
-    """Training and validation loss against the step.
+    """Training and validation loss against the step; of a run that is rewarded, rewards.
 
     The figure is drawn without pyplot, so that it needs no display and touches no global state.
 
@@ -199,10 +222,11 @@ def plot_loss(
     if isinstance(run_or_metrics, str | os.PathLike):
         records = read_metrics(Path(run_or_metrics) / METRICS_FILE)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    curve, label = plotted(records)
+    axes = figure.add_subplot(xlabel="step", ylabel=label)
     for key, label, style in (
-        ("loss", "training", {"linewidth": 1.0}),
-        ("val_loss", "validation", {"marker": "o", "markersize": 4.0, "linewidth": 1.5}),
+        (curve, "training", {"linewidth": 1.0}),
+        (f"val_{curve}", "validation", {"marker": "o", "markersize": 4.0, "linewidth": 1.5}),
     ):
         points = [
             (record["step"], math.nan if record[key] is None else record[key]) for record in records if key in record

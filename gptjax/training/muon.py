@@ -12,10 +12,14 @@ import optax
 from gptjax.parallel import sharding
 
 
+def in_block(path: tuple) -> bool:
+    """Whether a parameter is one of the blocks': one for each layer, stacked."""
+    return "blocks" in [part.key for part in path]
+
+
 def is_hidden_matrix(path: tuple) -> bool:
-    """Whether a parameter is a weight matrix of the blocks: one for each layer, stacked to (L, D, F)."""
-    names = [part.key for part in path]
-    return "blocks" in names and names[-1] == "w"
+    """Whether a parameter is a weight matrix of the blocks, (L, D, F)."""
+    return in_block(path) and path[-1].key == "w"
 
 
 def muon(momentum: float, update_rms: float) -> optax.GradientTransformation:

@@ -1,15 +1,18 @@
 """What a step carries: parameters, optimizer state, the step's number, and what the next step is judged by."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.model.gpt import GPT, Params
+from gptjax.model import lora
+from gptjax.model.gpt import GPT, VALUE_HEAD, Params
 from gptjax.parallel import sharding
 from gptjax.training.guard import Guard, init_guard
+from gptjax.tuning_config import LoraConfig
 
 
 class TrainState(NamedTuple):
@@ -19,6 +22,8 @@ class TrainState(NamedTuple):
     params: Params
     optimizer: Any
     guard: Guard
+    extra: Any = ()
+    """What a stage keeps beside: an average of the parameters, say."""
 
 
 def init_params(model: GPT, key: jax.Array) -> Params:
@@ -27,6 +32,31 @@ def init_params(model: GPT, key: jax.Array) -> Params:
     shape = (sharding.num_shards("batch"), sharding.num_shards("sequence"))
     tokens_BT = sharding.reshard(jnp.zeros(shape, jnp.int32), "batch", "sequence")
     return model.init(key, tokens_BT)["params"]
+
+
+def draw_trained(model: GPT, adapt: LoraConfig, key: jax.Array) -> Params:
+    """What is trained of a model: all of its parameters, or `adapters` and the value head, where it has one."""
+    params = init_params(model, key)
+    if not adapt.rank:
+        return params
+    heads = {name: params[name] for name in VALUE_HEAD if name in params}
+    return heads | {"adapters": lora.draw_adapters(params["blocks"], adapt, key)}
+
+
+def draw_params(model: GPT, seed: int) -> Params:
+    """Initial parameters under the current mesh."""
+    return jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
+
+
+def state_of(
+    params: Params, optimizer: optax.GradientTransformation, extra_of: Callable[[Params], Any] = lambda params: ()
+) -> TrainState:
+    """The state of a run that begins with these parameters, which it takes over.
+
+    Args:
+        extra_of: what the stage keeps beside them.
+    """
+    return jax.jit(functools.partial(_state_of, optimizer=optimizer, extra_of=extra_of), donate_argnums=0)(params)
 
 
 def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -41,12 +71,22 @@ def abstract_params(model: GPT) -> Params:
 
 def abstract_state(model: GPT, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, types and shardings of a state under the current mesh, without allocating it: what a restore fills."""
-    return _concrete(jax.eval_shape(functools.partial(_new_state, model, optimizer), jax.random.key(0)))
+    return abstract(functools.partial(_new_state, model, optimizer))
+
+
+def abstract(draw: Callable[[jax.Array], Any]) -> Any:
+    """The same of whatever a function makes of a random key."""
+    return _concrete(jax.eval_shape(draw, jax.random.key(0)))
 
 
 def _new_state(model: GPT, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    params = init_params(model, key)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_guard())
+    return _state_of(init_params(model, key), optimizer)
+
+
+def _state_of(
+    params: Params, optimizer: optax.GradientTransformation, extra_of: Callable[[Params], Any] = lambda params: ()
+) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_guard(), extra_of(params))
 
 
 def _concrete(shapes: Any) -> Any:

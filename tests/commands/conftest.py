@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from gptjax.config import Config, DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
-from gptjax.stages.pretrain import train
+from gptjax.stages.train import train
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,8 @@ def test_gpt2_tokenizer(outcome, tmp_path):
 def test_every_preset(tmp_path):
     """In a process of its own: it trains for ten steps, on one device."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "benchmarks" / "every_preset.py"), "--data", "text.txt", "--json", "-"]
     command += ["--configs", str(ROOT / "configs" / "shakespeare_char_cpu.py")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)

@@ -1,5 +1,6 @@
 """Collectives are what the theory says: read off the compiled step of eight devices, kinds and bytes."""
 
+import functools
 import re
 
 import jax
@@ -19,7 +20,7 @@ from gptjax.training.state import abstract_state
 from gptjax.training.step import make_train_step
 
 BATCH, T = 8, 64
-GPT2 = {"num_layers": 3, "model_dim": 64, "num_heads": 8, "context_length": T, "vocab_size": 384}
+GPT2 = {"num_layers": 2, "model_dim": 64, "num_heads": 8, "context_length": T, "vocab_size": 384}
 LLAMA = GPT2 | {
     "norm": "rmsnorm",
     "positions": "rope",
@@ -47,6 +48,12 @@ def compiled_step(config, axes, options=None) -> str:
         tokens = jax.ShapeDtypeStruct((1, 1, BATCH, T + 1), jnp.int32, sharding=layout)
         arguments = ({"tokens": tokens}, np.ones(1, np.int32), np.ones(1, np.float32), 1)
         return step.lower(abstract_state(model, optimizer), *arguments).compile(options).as_text()
+
+
+@functools.cache
+def float32_step(config, **axes) -> str:
+    """A program that several tests read is compiled once."""
+    return compiled_step(config, axes)
 
 
 def partitioned_step(config, axes, folder) -> str:
@@ -77,7 +84,7 @@ by_family = pytest.mark.parametrize("switches", [GPT2, LLAMA], ids=["gpt2", "lla
 def test_bytes_are_those_of_the_formula(switches, axes):
     """Each kind within 2 % of `traffic`, which is derived by hand, and no other kind."""
     config = ModelConfig(**switches, compute_dtype="float32")
-    assert_theory(config, axes, compiled_step(config, axes))
+    assert_theory(config, axes, float32_step(config, **axes))
 
 
 @by_mesh(*MESHES)
@@ -109,7 +116,7 @@ def assert_theory(config, axes, text):
 def test_data_parallelism_reduces_each_gradient_once():
     """With copies of the model nothing is sent but every parameter's gradient, the tied table's from both its uses."""
     config = ModelConfig(**GPT2, compute_dtype="float32")
-    found = collectives(compiled_step(config, {"data": 8}))
+    found = collectives(float32_step(config, data=8))
     assert {c.kind for c in found} == {"all-reduce"}
     counts = parameter_counts(config)
     assert sum(c.bytes for c in found) == pytest.approx(4 * (counts["total"] + counts["embedding"]), rel=0.001)
@@ -118,13 +125,13 @@ def test_data_parallelism_reduces_each_gradient_once():
 def test_saved_products_are_not_summed_again():
     """`save_dots` keeps the results of products, and with them the sums over devices, from the backward pass."""
     configs = (ModelConfig(**GPT2, remat=r, compute_dtype="float32") for r in ("none", "save_dots", "full"))
-    none, save_dots, full = (bytes_by_kind(compiled_step(config, {"data": 1, "tensor": 8})) for config in configs)
+    none, save_dots, full = (bytes_by_kind(float32_step(config, data=1, tensor=8)) for config in configs)
     assert none == save_dots != full
 
 
 def test_tensor_parallelism_reduces_twice_a_block_and_pass():
     """Attention and feed-forward each send their output forward and their input's gradient back, once."""
-    found = collectives(compiled_step(ModelConfig(**LLAMA, compute_dtype="float32"), {"data": 1, "tensor": 8}))
+    found = collectives(float32_step(ModelConfig(**LLAMA, compute_dtype="float32"), data=1, tensor=8))
     whole = BATCH * T * LLAMA["model_dim"] * 4
     blocks = [c for c in found if "Block" in c.operation and c.bytes >= whole]  # less are norms of heads
     assert sum(c.bytes for c in blocks) // whole == 4 * LLAMA["num_layers"]

@@ -129,7 +129,7 @@ def toy_step(spike_sigmas=6.0):
     def loss(params, batch, key):
         nll = jnp.square(params["w"] - batch["x"]).sum()
         weight = jnp.ones(())
-        return nll * batch["factor"].sum(), {"nll": nll * batch["leap"].sum(), "weight": weight}
+        return nll * batch["factor"].sum(), {"loss": nll * batch["leap"].sum(), "weight": weight}
 
     settings = {"dropout_seed": None, "accumulates": False, "steps_per_dispatch": 2}
     return make_train_step(loss, OPTIMIZER, spike_sigmas=spike_sigmas, **settings)

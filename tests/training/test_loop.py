@@ -43,9 +43,9 @@ class CountingStream:
     """Rows whose tokens are their number in the training order."""
 
     def __init__(self, position):
-        self.position = position
+        self.position, self.metrics, self.on_policy = position, {}, False
 
-    def take(self, n):
+    def take(self, n, state):
         first, self.position = self.position, self.position + n
         return np.repeat(np.arange(first, first + n, dtype=np.int32)[:, None], T + 1, axis=1)
 
@@ -239,9 +239,9 @@ def test_waiting_for_data_shows(monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: CLOCK[0])
     take = CountingStream.take
 
-    def slow_take(self, n):
+    def slow_take(self, n, state):
         CLOCK[0] += 1
-        return take(self, n)
+        return take(self, n, state)
 
     monkeypatch.setattr(CountingStream, "take", slow_take)
     _, lines, _, _ = run(make_config(steps=8, log=2))
@@ -261,7 +261,7 @@ def test_seconds_go_on_from_earlier_processes(monkeypatch):
     with ledger("evaluation"):
         clock[0] += 4
     clock[0] += 1
-    expected = {"start": 8, "compile": 0, "data": 12, "evaluation": 4, "sample": 0, "checkpoint": 0}
+    expected = {"start": 8, "compile": 0, "data": 12, "rollout": 0, "evaluation": 4, "sample": 0, "checkpoint": 0}
     assert ledger.seconds == expected | {"profile": 0, "lost": 20, "step": 104}
     assert ledger.wall_seconds == 148
     assert ledger.productive_seconds == 116

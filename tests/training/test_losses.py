@@ -96,7 +96,7 @@ def test_language_model_loss(z_loss, masked):
     nll, log_z, _ = reference(LOGITS, LABELS)
     weight = mask[:, 1:]
     assert float(sums["weight"]) == weight.sum()
-    assert float(sums["nll"]) == pytest.approx((nll * weight).sum(), rel=1e-5)
+    assert float(sums["loss"]) == pytest.approx((nll * weight).sum(), rel=1e-5)
     assert float(total) == pytest.approx(((nll + z_loss * log_z**2) * weight).sum(), rel=1e-5)
     probability = np.exp(LOGITS - log_z[..., None])
     one_hot = np.arange(PADDED) == LABELS[..., None]

@@ -10,7 +10,7 @@ import pytest
 from gptjax.config import TrainingConfig
 from gptjax.config_files import load_config
 from gptjax.errors import UserError
-from gptjax.stages.pretrain import train
+from gptjax.stages.train import train
 from gptjax.training import profile
 from gptjax.training.metrics import Console, read_metrics
 

@@ -17,6 +17,7 @@ from gptjax.resolve import resolve
 from gptjax.training import run_dir
 from gptjax.training.metrics import read_metrics
 from gptjax.training.run_dir import (
+    MAY_CHANGE,
     check_writable,
     cut_metrics,
     environment,
@@ -253,3 +254,9 @@ def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
     cut_metrics(tmp_path / "none.jsonl", 5)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_documented_resumable_fields():
+    """README says which fields may change when a run is continued."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert [field for field in MAY_CHANGE if f"`{field}`" not in readme] == []

@@ -1,0 +1,57 @@
+"""A training step compiled without arrays: what XLA plans of memory, and what it sends."""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from gptjax.model.accounting import parameter_counts
+from gptjax.model.gpt import GPT
+from gptjax.parallel import sharding
+from gptjax.parallel.collectives import bytes_by_kind
+from gptjax.parallel.mesh import make_mesh
+from gptjax.parametrization import multipliers
+from gptjax.training.losses import language_model_loss
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.state import abstract_state
+from gptjax.training.step import make_train_step
+
+
+def compile_step(
+    model_config: ModelConfig, optimizer_config: OptimizerConfig, training: TrainingConfig, mesh: MeshConfig
+) -> dict[str, Any]:
+    """Compile the program that train.py runs, one step of it, with abstract parameters.
+
+    Args:
+        model_config: with vocabulary and type.
+        mesh: without open axes; as many devices as their product must be there, fake ones do.
+
+    Returns:
+        Bytes that XLA plans per device: `argument_bytes` (parameters, optimizer state, batch; updated in place),
+        `temporary_bytes` (the rest), `total_bytes`; `collective_bytes` by kind; `compile_seconds`.
+    """
+    with jax.set_mesh(make_mesh(mesh)):
+        model, optimizer = GPT(model_config), make_optimizer(optimizer_config, multipliers(model_config))
+        K, B, T = 1, training.resolved_micro_batch_size, model_config.context_length
+        A = training.batch_size // B
+        loss = language_model_loss(model, training.z_loss, None, training.loss_chunk_tokens)
+        step = make_train_step(loss, optimizer, dropout_seed=None, accumulates=A > 1)
+        layout = jax.NamedSharding(jax.sharding.get_mesh(), sharding.spec("stack", "stack", "batch", "keys"))
+        batch = {"tokens": jax.ShapeDtypeStruct((K, A, B, T + 1), jnp.int32, sharding=layout)}
+        start = time.perf_counter()
+        arguments = (batch, np.full(K, A, np.int32), np.ones(K, np.float32), K)
+        program = step.lower(abstract_state(model, optimizer), *arguments).compile()
+        seconds = time.perf_counter() - start
+    plan = program.memory_analysis()
+    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return {
+        "parameters": parameter_counts(model_config)["total"],
+        "argument_bytes": plan.argument_size_in_bytes,
+        "temporary_bytes": plan.temp_size_in_bytes,
+        "total_bytes": int(kept + plan.temp_size_in_bytes),
+        "collective_bytes": dict(bytes_by_kind(program.as_text())),
+        "compile_seconds": seconds,
+    }

@@ -1,0 +1,93 @@
+"""What stages that talk share: the layout of conversations, and an answer as the sample of a run."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.model.gpt import Params
+from gptjax.sampling.chat import chat
+from gptjax.stages import callbacks
+from gptjax.text.chat import TEMPLATE_FILE, ChatFormat, Message, chat_format, read_template
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training.state import TrainState
+
+
+def layout(config: Config, tokenizer: Tokenizer) -> ChatFormat:
+    """How conversations are laid out: by `data.chat_template`, else as the run does that this one starts from, or was.
+
+    Raises:
+        UserError: as `chat_format`.
+    """
+    if config.data.chat_template:
+        path = Path(config.data.chat_template)
+        return chat_format(tokenizer, read_template(path), str(path))
+    for folder in (config.run_dir, config.model.init_from):
+        path = Path(folder or ".", TEMPLATE_FILE)
+        if folder and path.is_file():
+            return chat_format(tokenizer, read_template(path), str(path))
+    return chat_format(tokenizer)
+
+
+def layout_of_run(directory: Path, tokenizer: Tokenizer) -> ChatFormat:
+    """That of a run that can be talked to.
+
+    Raises:
+        UserError: it has learned no conversations.
+    """
+    path = directory / TEMPLATE_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{directory} has no {TEMPLATE_FILE}: it has not learned to talk; tune it with python train.py "
+            f"configs/sft.py --model.init-from {directory}, or give --prompt TEXT to have a text continued"
+        )
+    return chat_format(tokenizer, read_template(path), str(path))
+
+
+def check_prompt(config: Config, form: ChatFormat) -> list[Message]:
+    """`training.sample_prompt` as the beginning of a conversation.
+
+    Raises:
+        UserError: it leaves no room in the context.
+    """
+    messages = [Message("user", config.training.sample_prompt)]
+    length = len(form.prompt(messages))
+    if length >= config.model.context_length:
+        raise UserError(
+            f"training.sample_prompt takes {length} tokens with its layout, which leaves none of model.context_length "
+            f"{config.model.context_length} to write"
+        )
+    return messages
+
+
+def answerer(
+    config: Config, tokenizer: Tokenizer, form: ChatFormat, conversations: Sequence[Sequence[Message]]
+) -> Callable[[Params], str]:
+    """What a sample shows: each prompt with the answer."""
+    sampling, model = callbacks.sample_settings(config), callbacks.as_used(config.model)
+
+    def write(params: Params) -> str:
+        answers = chat(model, params, tokenizer, form, conversations, sampling)
+        return "\n\n".join(
+            f"{messages[-1].role}: {messages[-1].content}\nassistant: {answer}"
+            for messages, answer in zip(conversations, answers, strict=True)
+        )
+
+    return write
+
+
+def sampler(
+    config: Config,
+    directory: Path,
+    tokenizer: Tokenizer,
+    form: ChatFormat,
+    whole: Callable[[Params], Params],
+    log: Callable[[str], None],
+) -> Callable:
+    """The answer to `training.sample_prompt`, to `samples.md` and the console."""
+    write = answerer(config, tokenizer, form, [check_prompt(config, form)])
+
+    def of_state(state: TrainState) -> str:
+        return write(whole(state.params))
+
+    return callbacks.sampler(directory, of_state, log)

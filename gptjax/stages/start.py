@@ -1,0 +1,82 @@
+"""What a run starts from: parameters that are drawn, or those of another run, with its shape and its tokenizer."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from gptjax.config import Config, ModelConfig
+from gptjax.errors import UserError
+from gptjax.model.gpt import GPT, VALUE_HEAD, Params
+from gptjax.text.files import load_tokenizer
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training.load import load_run
+from gptjax.training.run_dir import CONFIG_FILE, TOKENIZER_FILE, load_run_config
+from gptjax.training.state import draw_params
+
+OWN = (
+    *("init_from", "value_head", "embedding_dropout", "attention_dropout", "residual_dropout"),
+    *("scan_layers", "remat", "attention_kernel", "compute_dtype", "fp8"),
+)
+"""Fields of the model that a run decides for itself; the others are its shape."""
+
+
+def inherit(config: Config, continued: bool = False) -> Config:
+    """The configuration with the shape and the tokenizer of `model.init_from`, where that is given.
+
+    Args:
+        continued: whether the run has begun: then it knows these itself, if what it began with is gone.
+
+    Raises:
+        UserError: it is no run, or another shape or tokenizer was asked for.
+    """
+    source = config.model.init_from
+    if not source:
+        return config
+    gone = continued and not Path(source, CONFIG_FILE).is_file()
+    saved, _ = load_run_config(config.run_dir if gone else source)
+    default, shape = ModelConfig(), {}
+    for field in dataclasses.fields(ModelConfig):
+        asked, there = getattr(config.model, field.name), getattr(saved.model, field.name)
+        if field.name in OWN:
+            continue
+        if asked not in (there, getattr(default, field.name)):
+            raise UserError(
+                f"model.{field.name} is {asked}, but the model of {source} has {there}; leave it out, or start without "
+                "model.init_from"
+            )
+        shape[field.name] = there
+    path = saved.tokenizer.path if gone else str(Path(source) / TOKENIZER_FILE)
+    if config.tokenizer.path not in ("", path):
+        raise UserError(
+            f"tokenizer.path is {config.tokenizer.path}, but the model of {source} knows only the ids of its own; "
+            "leave it out"
+        )
+    tokenizer = dataclasses.replace(config.tokenizer, path=path)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **shape), tokenizer=tokenizer)
+
+
+def tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of `tokenizer.path`, which is that of `model.init_from` where there is one.
+
+    Raises:
+        UserError: there is neither: what is learned from examples is learned by a model that knows a language.
+    """
+    if not config.tokenizer.path:
+        raise UserError(
+            f"stage {config.stage} starts from a run: give --model.init-from RUN (or --tokenizer.path, to begin with "
+            "drawn parameters)"
+        )
+    return load_tokenizer(config.tokenizer.path)
+
+
+def start_params(config: Config, model: GPT, log: Callable[[str], None]) -> Params:
+    """The parameters of `model.init_from`, with a value head that is drawn where that has none."""
+    source = load_run(config.model.init_from, log=log)
+    params = source.params
+    if model.config.value_head and VALUE_HEAD[0] not in params:
+        drawn = draw_params(model, config.training.seed)
+        params = params | {name: drawn[name] for name in VALUE_HEAD}
+    elif not model.config.value_head:
+        params = {name: leaf for name, leaf in params.items() if name not in VALUE_HEAD}
+    log(f"parameters of {source.directory}, step {source.step}")
+    return params
