@@ -20,7 +20,7 @@ import gptjax
 from gptjax.parallel import platform
 
 platform.configure()  # compiled programs are kept, so that the second time is quicker; before JAX's first array
-STEPS = int(os.environ.get("GPTJAX_NOTEBOOK_STEPS", "300"))
+STEPS = 300
 folder = tempfile.TemporaryDirectory(prefix="gptjax-")
 
 # %% [markdown]

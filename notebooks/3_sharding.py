@@ -46,7 +46,7 @@ from gptjax import (
     traffic,
 )
 
-STEPS = int(os.environ.get("GPTJAX_NOTEBOOK_STEPS", "30"))
+STEPS = 30
 assert jax.device_count() == 8, "JAX was used before its eight devices were asked for: restart the kernel"
 jax.devices()
 

@@ -24,7 +24,7 @@ from gptjax.scaling.laws import CHINCHILLA, EPOCH, KAPLAN
 from gptjax.scaling.optima import power_law
 
 platform.configure()  # compiled programs are kept, so that the second time is quicker; before JAX's first array
-STEPS = int(os.environ.get("GPTJAX_NOTEBOOK_STEPS", "400"))
+STEPS = 400
 folder = tempfile.TemporaryDirectory(prefix="gptjax-")
 
 # %% [markdown]

@@ -45,6 +45,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
 
 
+MOST_MAPPINGS = 25_000
+"""Linux gives a process 65,530; the compiled programs of all tests have more, and LLVM dies where it is refused one."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forget compiled programs after a module when their memory is in too many pieces."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def tiny() -> ModelConfig:
     """A model that compiles in a moment; its vocabulary is no multiple of 128."""
