@@ -13,7 +13,8 @@ def main(arguments: Sequence[str]) -> int:
 
     from gptjax.parallel import platform
 
-    platform.configure(deterministic=command.config.training.deterministic)
+    training = command.config.training
+    platform.configure(deterministic=training.deterministic, profiled=bool(training.profile_steps))
     if command.dry_run:
         from gptjax.commands.plan import dry_run
 

@@ -286,8 +286,8 @@ COLUMNS = {
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each type one line: ours against the fastest arm that is nanoGPT."""
-    lines = []
+    """For each type one line: ours against the fastest arm that is nanoGPT. And what arms have failed of."""
+    lines = [f"{row['arm']}: {row['error']}" for row in rows if row.get("error")]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         theirs = [row for row in rows if row["dtype"] == dtype and row["arm"].startswith("nanogpt") and "ratio" in row]
         if theirs:

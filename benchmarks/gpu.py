@@ -126,6 +126,7 @@ def jobs(part: str, dry_run: bool, nanogpt: str | None, gigabytes: float, out: P
             decode("1B, decode", "modern_1_5b", [1, 32], *([] if dry_run else LLAMA_1B), *others, *fast, seconds=150),
             decode("124M, decode", "gpt2_124m", [1, 8, 32, 128], *others, seconds=120),
             decode("1.5B, decode", "gpt2_1558m", [1, 32], seconds=90),
+            decode("124M, decode, profile", "gpt2_124m", [1], "--profile", str(out / "trace-decode"), seconds=60),
         ]
     trace = ["--profile", str(out / "trace")]
     return [speed("124M, profile", "gpt2_124m", [32], *trace, seconds=140)]

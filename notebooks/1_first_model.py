@@ -7,7 +7,6 @@
 
 # %%
 # %matplotlib inline
-import os
 import tempfile
 from pathlib import Path
 

@@ -238,14 +238,17 @@ def _forecast(forecast: Forecast) -> str:
 
 
 def measured_mfu(device: Device) -> list[str]:
-    """What `benchmarks/results/` of a checkout has of this device: configuration and MFU of each training row."""
-    folder, found = Path(__file__).parents[2] / "benchmarks" / "results", []
+    """What `benchmarks/results/` of a checkout has of this device: the best MFU of each shape that was trained."""
+    folder, best = Path(__file__).parents[2] / "benchmarks" / "results", {}
     for path in sorted(folder.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows if isinstance(rows, list) else [rows]:
-            if isinstance(row, dict) and row.get("device") in device.kinds and isinstance(row.get("mfu"), float):
-                found.append(f"MFU {row['mfu']:.1%} ({path.stem}, {row.get('arm') or row.get('config') or ''})")
-    return found
+            if not isinstance(row, dict) or row.get("device") not in device.kinds:
+                continue
+            if isinstance(row.get("mfu"), float) and "step_ms" in row and row.get("arm", "ours").startswith("ours"):
+                shape = f"{Path(row['config']).stem}, batch {row['batch_size']}, context {row['context_length']:,}"
+                best[shape] = max(best.get(shape, 0.0), row["mfu"])
+    return [f"MFU {mfu:.1%} ({shape})" for shape, mfu in best.items()]
 
 
 def _show_compiled(plan: Plan, compiled: dict[str, Any]) -> None:

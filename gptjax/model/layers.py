@@ -197,16 +197,23 @@ def _normalize_forward(x, scale, bias, center, epsilon):
 
 
 def _normalize_backward(center, epsilon, residuals, dy):
-    x, mean, inverse, scale, bias = residuals
+    x, mean, inverse, scale, _ = residuals
+    d_scale, d_bias = _norm_parameter_gradients(residuals, dy)
     dy = dy.astype(jnp.float32)
     normal = _centered(x, mean) * inverse
     d_normal = dy * _as_row(scale, x.ndim)
     dx = d_normal - normal * (d_normal * normal).mean(axis=-1, keepdims=True)
     if center:
         dx = dx - d_normal.mean(axis=-1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
-    d_bias = None if bias is None else dy.sum(axis=rows)
-    return (dx * inverse).astype(x.dtype), (dy * normal).sum(axis=rows), d_bias
+    return (dx * inverse).astype(x.dtype), d_scale, d_bias
+
+
+def _norm_parameter_gradients(residuals, dy):
+    x, mean, inverse, _, bias = residuals
+    # Behind a barrier, or XLA:GPU would share the product with dx and write it out in float32, to sum it by columns.
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    dy, rows = dy.astype(jnp.float32), tuple(range(x.ndim - 1))
+    return (dy * _centered(x, mean) * inverse).sum(axis=rows), None if bias is None else dy.sum(axis=rows)
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)

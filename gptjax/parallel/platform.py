@@ -13,11 +13,21 @@ import absl.logging
 DETERMINISTIC_GPU_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 """Autotuning is off, too: it may choose another algorithm, with other rounding, in every process."""
 
+GPU_FLAGS = {
+    # Or products that share an input become one, whose result is cut apart again, by copies: 1.6 % of GPT-2's step.
+    "--xla_gpu_dot_merger_threshold_mb": "0",
+}
+"""For every program on a GPU, but those that XLA_FLAGS names already; docs/performance.md has the measurements."""
+
+NO_COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
+"""A GPU gets each kernel by itself: of those that are launched together, a trace knows no more than their sum."""
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from glibc's malloc.h
 
 
-def configure(*, deterministic: bool = False) -> None:
-    """Quiet XLA, keep compiled programs between processes, and ask for reproducible kernels if wanted.
+def configure(*, deterministic: bool = False, profiled: bool = False) -> None:
+    """Quiet XLA, keep compiled programs between processes, and set its flags: `GPU_FLAGS`, and those for kernels that
+    are reproducible or traced one by one, if wanted.
 
     Compiled programs are kept in `JAX_COMPILATION_CACHE_DIR`, or in the user's cache folder.
     """
@@ -25,10 +35,13 @@ def configure(*, deterministic: bool = False) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_dir()))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU's memory; by default a quarter lies idle
     _quiet_storage()
     _keep_freed_memory()
-    if deterministic:
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC_GPU_FLAGS}".strip()
+    given = os.environ.get("XLA_FLAGS", "")
+    flags = [f"{name}={value}" for name, value in GPU_FLAGS.items() if name not in given]
+    flags += [DETERMINISTIC_GPU_FLAGS] * deterministic + [NO_COMMAND_BUFFERS] * profiled
+    os.environ["XLA_FLAGS"] = " ".join([given, *flags]).strip()
 
 
 def pretend_devices(count: int) -> None:

@@ -140,6 +140,38 @@ def per_device(function: Callable[..., Any], like: Any, *arguments: Any) -> Any:
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(like, *arguments)
 
 
+def pick(x: jax.Array, column: jax.Array) -> jax.Array:
+    """Of each row, the last dimension, the number in this column; each device looks in the columns that it has.
+
+    Args:
+        x: (..., V), laid out in any way.
+        column: (...), each of 0 to V - 1.
+    """
+    if not has_mesh():
+        return _picked(x, column)
+    layout = jax.typeof(x).sharding.spec
+    *rows, split = _entries(layout)
+    names = (split,) if isinstance(split, str) else split or ()
+    names = tuple(name for name in names if jax.sharding.get_abstract_mesh().shape[name] > 1)
+
+    def local(x: jax.Array, column: jax.Array) -> jax.Array:
+        if not names:
+            return _picked(x, column)
+        column -= jax.lax.axis_index(names) * x.shape[-1]
+        return jax.lax.psum(jnp.where((column >= 0) & (column < x.shape[-1]), _picked(x, column), 0), names)
+
+    rows = P(*rows)
+    in_specs = layout, rows
+    # Not checked: what is on one device along an axis would have to be told to be the same on all.
+    return jax.shard_map(local, in_specs=in_specs, out_specs=rows, check_vma=False)(
+        x, jax.sharding.reshard(column, rows)
+    )
+
+
+def _picked(x: jax.Array, column: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, column[..., None], axis=-1, mode="clip")[..., 0]
+
+
 def map_layers(function: Callable[[jax.Array], jax.Array], stack_LDF: jax.Array) -> jax.Array:
     """`function` of stacked matrices, of which it needs each whole, while `fsdp` and `tensor` keep them in pieces.
 

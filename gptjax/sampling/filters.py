@@ -41,7 +41,7 @@ class Candidates(NamedTuple):
         """(B,) token at one place in each row, int32."""
         if self.ids_BC is None:
             return index_B.astype(jnp.int32)
-        return jnp.take_along_axis(self.ids_BC, index_B[:, None], axis=1)[:, 0].astype(jnp.int32)
+        return sharding.pick(self.ids_BC, index_B).astype(jnp.int32)
 
     def spread(self, values_BC: jax.Array, like_BV: jax.Array) -> jax.Array:
         """(B, V), at each candidate its value and elsewhere 0."""
@@ -96,8 +96,8 @@ def threshold_by_sorting(weights_BC: jax.Array, p_B1: jax.Array) -> jax.Array:
     """(B, 1), the largest weight from which on weights sum to the share p."""
     sorted_BC = jnp.sort(weights_BC, axis=-1, descending=True)
     sums_BC = jnp.cumsum(sorted_BC, axis=-1)
-    kept = jnp.sum(sums_BC - sorted_BC < p_B1 * sums_BC[:, -1:], axis=-1, keepdims=True)
-    return jnp.take_along_axis(sorted_BC, jnp.maximum(kept - 1, 0), axis=-1)
+    kept_B = jnp.sum(sums_BC - sorted_BC < p_B1 * sums_BC[:, -1:], axis=-1)
+    return sharding.pick(sorted_BC, jnp.maximum(kept_B - 1, 0))[:, None]
 
 
 def threshold_by_halving(weights_BC: jax.Array, p_B1: jax.Array) -> jax.Array:

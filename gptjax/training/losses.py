@@ -32,8 +32,7 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood of the labels and the log-partition log Z, both (B, T) float32, in nats.
 
-    The vocabulary may be sharded: the label's logit is picked by comparison, not by a gather. The
-    gradient has the type of the logits, so that no float32 copy of them outlives a fusion.
+    The gradient has the type of the logits, so that no float32 copy of them outlives a fusion.
 
     Args:
         vocab_size: columns that count; None: all, or padding has -inf. Told here it costs no array of its own.
@@ -55,7 +54,8 @@ def _cross_entropy_forward(logits_BTV, labels_BT, vocab_size):
     logits = _in_float32(logits_BTV, vocab_size)
     top_BT1 = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     log_z_BT = jnp.log(jnp.exp(logits - top_BT1).sum(axis=-1)) + top_BT1[:, :, 0]
-    label_logit_BT = jnp.where(_columns(logits_BTV) == labels_BT[:, :, None], logits, 0.0).sum(axis=-1)
+    # Not by comparing every column with the label: that would read all logits once more.
+    label_logit_BT = sharding.pick(logits_BTV, labels_BT).astype(jnp.float32)
     return (log_z_BT - label_logit_BT, log_z_BT), (logits_BTV, labels_BT, log_z_BT)
 
 

@@ -8,6 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from gptjax.config import MeshConfig
+from gptjax.parallel import sharding
+from gptjax.parallel.mesh import make_mesh
 from gptjax.sampling import filters
 from gptjax.sampling.config import SamplingConfig
 
@@ -63,6 +66,25 @@ def test_top_p(find, logits, p):
         assert inside.sum() >= wanted - 1e-5
         assert all(x < inside.min() for x in outside)
         assert wanted == 1 or inside[inside > inside.min()].sum() < wanted + 1e-5 or inside.min() == inside.max()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_mesh_keeps_the_same(backend, rows, monkeypatch):
+    """One row, as a run samples, or one for each device: by the way of the CPU and by that of all else."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    sampling = SamplingConfig(temperature=0.8, top_k=20, top_p=0.7, seed=1)
+    logits = jax.random.normal(jax.random.key(0), (rows, 50))
+
+    def drawn(logits):
+        found = filters.apply_filters(logits, None, filters.filter_settings(sampling))
+        return found.logits_BC, found.tokens(jnp.argmax(found.logits_BC, axis=-1))
+
+    expected = jax.jit(drawn)(logits)
+    with jax.set_mesh(make_mesh(MeshConfig(data=rows), jax.devices()[:rows])):
+        kept, tokens = jax.jit(drawn)(sharding.reshard(logits, "batch", "features"))
+    np.testing.assert_allclose(kept, expected[0], rtol=1e-6)
+    np.testing.assert_array_equal(tokens, expected[1])
 
 
 def test_thresholds_agree_on_a_large_vocabulary():
