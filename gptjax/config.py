@@ -1,10 +1,10 @@
 """The configuration of a run: frozen dataclasses, and what a run leaves open.
 
-The sections of stages after pretraining stand in `tuning_config.py`, those of what keeps a run safe in
-`safety_config.py`. Only the standard library is imported here, so that a command line is parsed and a plan is made
-without loading JAX. Conventions: a field's unit is in its name; 0 or an empty text turns an optional
-effect off; `None` means *derived from other fields*, and the field's doc says from which. `resolve.py`
-fills every `None`, and a saved configuration has none left.
+The model's section stands in `model_config.py`, those of stages after pretraining in `tuning_config.py`, and those of
+what keeps a run safe in `safety_config.py`. Only the standard library is imported here, so that a command line is
+parsed and a plan is made without loading JAX. Conventions: a field's unit is in its name; 0 or an empty text turns an
+optional effect off; `None` means *derived from other fields*, and the field's doc says from which. `resolve.py` fills
+every `None`, and a saved configuration has none left.
 """
 
 import math
@@ -13,176 +13,9 @@ from typing import Literal
 
 from gptjax.checks import MAX_INT, require, require_range, require_types
 from gptjax.errors import UserError
+from gptjax.model_config import ModelConfig
 from gptjax.safety_config import CheckpointConfig, GuardConfig
 from gptjax.tuning_config import GrpoConfig, LoraConfig, PpoConfig, PreferenceConfig, RlConfig, Stage
-
-VOCAB_MULTIPLE = 128  # tensor cores and shardings like a head whose width this divides
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the Transformer, and how it is computed."""
-
-    init_from: str = ""
-    """Run whose parameters, shape and tokenizer are the start. Empty: parameters are drawn."""
-    num_layers: int = 12
-    """Transformer blocks."""
-    model_dim: int = 768
-    """Width of the residual stream."""
-    num_heads: int = 12
-    """Query heads."""
-    num_kv_heads: int | None = None
-    """Key/value heads: fewer than num_heads is grouped-query attention. None: num_heads."""
-    head_dim: int | None = None
-    """Width of one head. None: model_dim / num_heads."""
-    ffn_dim: int | None = None
-    """Width of the feed-forward layer. None: 4 model_dim; gated ones 8/3 model_dim, rounded up to 128."""
-    context_length: int = 1024
-    """Longest sequence trained on, in tokens."""
-    vocab_size: int | None = None
-    """Tokens the model knows. None: the tokenizer's."""
-
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalization of the residual stream."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """Before each sublayer (GPT-2 and later), or after its residual addition (GPT-1)."""
-    norm_bias: bool = True
-    """Whether LayerNorm has a bias."""
-    norm_epsilon: float = 1e-5
-    """Added to the variance before the square root."""
-    positions: Literal["learned", "sinusoidal", "rope", "none"] = "learned"
-    """How the model knows the order of tokens."""
-    rope_base: float = 10_000.0
-    """Base of the rotary wavelengths."""
-    rope_fraction: float = 1.0
-    """Share of each head that is rotated."""
-    feed_forward: Literal["relu", "gelu_tanh", "gelu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
-    """Activation of the feed-forward layer; swiglu and geglu are gated."""
-    attention_pattern: tuple[Literal["dense", "local"], ...] = ("dense",)
-    """Repeated over the layers; a local layer sees only the last attention_window tokens."""
-    attention_window: int = 256
-    """Tokens that a local layer sees, its own included."""
-    qk_norm: bool = False
-    """RMS-normalize each query and key head."""
-    attention_softcap: float = 0.0
-    """Attention logits are bounded to ± this by tanh. 0: off."""
-    logit_softcap: float = 0.0
-    """Output logits are bounded to ± this by tanh. 0: off."""
-    bias: bool = True
-    """Whether the linear layers of the blocks have biases."""
-    tie_embeddings: bool = True
-    """Use the token embedding as the output head."""
-    head_bias: bool = False
-    """Whether the output head has a bias."""
-    value_head: bool = False
-    """A linear layer from the last hidden states to one number: of a reward model, or of PPO's critic."""
-    scale_embedding: bool = False
-    """Multiply token embeddings by sqrt(model_dim), as the original Transformer does."""
-    embedding_dropout: float = 0.0
-    """Dropout after the embeddings."""
-    attention_dropout: float = 0.0
-    """Dropout of attention weights."""
-    residual_dropout: float = 0.0
-    """Dropout of each sublayer's output."""
-    initializer_std: float = 0.02
-    """Standard deviation of initial weights; residual projections get it over sqrt(2 num_layers)."""
-    parametrization: Literal["standard", "mup", "completep"] = "standard"
-    """What size does to initialization and rates: with mup settings suit every width, with completep every depth."""
-    base_model_dim: int = 256
-    """Width at which the settings of mup and completep are those that are written here."""
-    base_num_layers: int = 4
-    """Depth at which those of completep are."""
-    base_head_dim: int = 64
-    """Head width at which those of mup and completep are."""
-
-    scan_layers: bool = False
-    """Compile one block and loop over layers (quick to compile) instead of unrolling them (quick to run)."""
-    remat: Literal["none", "full", "save_dots", "save_attention", "offload"] = "none"
-    """Recomputed in the backward pass: nothing, blocks, or all but products or attention; offload keeps on the host."""
-    attention_kernel: Literal["auto", "xla", "blockwise", "cudnn", "tokamax"] = "auto"
-    """What computes attention in training. auto: the fastest that can on this device, as said at the start."""
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of activations; parameters are always float32. None: float32 on CPU, else bfloat16."""
-    fp8: bool = False
-    """Train q, k, v and feed-forward in 8-bit products (Ada, Hopper and later); MFU stays a share of bf16's peak."""
-
-    def __post_init__(self):
-        if isinstance(self.attention_pattern, str):
-            object.__setattr__(self, "attention_pattern", (self.attention_pattern,))
-        require_types("model.", self)
-        require_range(
-            "model.",
-            self,
-            1,
-            math.inf,
-            *("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim", "ffn_dim"),
-            *("context_length", "vocab_size", "attention_window"),
-            *("base_model_dim", "base_num_layers", "base_head_dim"),
-        )
-        require_range("model.", self, 0, math.inf, "attention_softcap", "logit_softcap", "initializer_std")
-        require_range("model.", self, 0, 1, "rope_fraction")
-        require_range("model.", self, 0, 0.99, "embedding_dropout", "attention_dropout", "residual_dropout")
-        if self.head_dim is None:
-            divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
-            nearest = min(divisors, key=lambda n: (abs(n - self.num_heads), n))
-            require(
-                self.model_dim % self.num_heads == 0,
-                f"model.model_dim {self.model_dim} is not divisible by model.num_heads {self.num_heads}; "
-                f"the nearest number of heads that works is {nearest}",
-            )
-        if self.num_kv_heads is not None:
-            require(
-                self.num_heads % self.num_kv_heads == 0,
-                f"model.num_kv_heads {self.num_kv_heads} does not divide model.num_heads {self.num_heads}",
-            )
-        require(
-            self.parametrization != "completep" or self.norm_position == "pre",
-            "model.parametrization completep divides what sublayers add by the depth, which model.norm_position post "
-            "would undo; pre works",
-        )
-        require(len(self.attention_pattern) > 0, "model.attention_pattern is empty; the usual one is dense")
-        if self.positions == "rope":
-            require(
-                self.rotary_dim % 2 == 0,
-                f"model.rope_fraction {self.rope_fraction:g} of head_dim {self.resolved_head_dim} rotates "
-                f"{self.rotary_dim} dimensions, which must be an even number",
-            )
-
-    @property
-    def resolved_head_dim(self) -> int:
-        return self.head_dim or self.model_dim // self.num_heads
-
-    @property
-    def resolved_num_kv_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def gated(self) -> bool:
-        """Whether the feed-forward layer multiplies two projections (Shazeer 2020)."""
-        return self.feed_forward in ("swiglu", "geglu")
-
-    @property
-    def resolved_ffn_dim(self) -> int:
-        if self.ffn_dim is not None:
-            return self.ffn_dim
-        return 128 * math.ceil(self.model_dim * 8 / 3 / 128) if self.gated else 4 * self.model_dim
-
-    @property
-    def rotary_dim(self) -> int:
-        """Dimensions of each head that RoPE rotates."""
-        return int(self.resolved_head_dim * self.rope_fraction)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Columns of the output head: vocab_size rounded up to a multiple of 128."""
-        require(self.vocab_size is not None, "model.vocab_size is not known before the tokenizer is")
-        return VOCAB_MULTIPLE * math.ceil(self.vocab_size / VOCAB_MULTIPLE)
-
-    @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """For each layer the number of tokens it sees, or None where it sees them all."""
-        pattern = [self.attention_window if kind == "local" else None for kind in self.attention_pattern]
-        return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))
 
 
 @dataclass(frozen=True)

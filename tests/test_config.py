@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax import config, safety_config, tuning_config
+from gptjax import config, model_config, safety_config, tuning_config
 from gptjax.config import (
     CheckpointConfig,
     Config,
@@ -137,7 +137,9 @@ def test_pattern_repeats_over_layers(num_layers, pattern):
 
 def test_every_field_has_its_doc():
     """`--help` shows the string under a field: each field has one, of one line."""
-    trees = [ast.parse(inspect.getsource(module)).body for module in (config, safety_config, tuning_config)]
+    trees = [
+        ast.parse(inspect.getsource(module)).body for module in (config, model_config, safety_config, tuning_config)
+    ]
     classes = {node.name: node.body for tree in trees for node in tree if isinstance(node, ast.ClassDef)}
     for section in SECTIONS:
         body = classes[section.__name__]

@@ -12,6 +12,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax": 0,  # the lazy gptjax/__init__.py, which anything may import
     "gptjax.config": 0,
     "gptjax.config_files": 0,
+    "gptjax.model_config": 0,
     "gptjax.tuning_config": 0,
     "gptjax.recipe": 0,
     "gptjax.safety_config": 0,
@@ -49,6 +50,7 @@ STANDARD_LIBRARY_ONLY = (
     *(
         "gptjax.config",
         "gptjax.config_files",
+        "gptjax.model_config",
         "gptjax.tuning_config",
         "gptjax.recipe",
         "gptjax.safety_config",

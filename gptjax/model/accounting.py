@@ -10,21 +10,27 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, without the padding of the vocabulary; `total` is their sum."""
     D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
     N, K, L, V = config.num_heads, config.resolved_num_kv_heads, config.num_layers, config.vocab_size
-    bias = int(config.bias)
+    bias, qkv_bias = int(config.bias), int(config.resolved_qkv_bias)
     norm = D * (2 if config.norm == "layernorm" and config.norm_bias else 1)
     up = 2 if config.gated else 1
-    attention = 2 * D * N * H + 2 * D * K * H + bias * (N * H + 2 * K * H + D) + (2 * H if config.qk_norm else 0)
+    attention = 2 * D * N * H + 2 * D * K * H + qkv_bias * (N * H + 2 * K * H) + bias * D
+    attention += 2 * H if config.qk_norm else 0
     parts = {
         "embedding": V * D,
         "positions": config.context_length * D if config.positions == "learned" else 0,
         "attention": L * attention,
         "feed_forward": L * ((up + 1) * D * F + bias * (up * F + D)),
-        "norms": L * 2 * norm + (norm if config.norm_position == "pre" else 0),
+        "norms": num_norms(config) * norm,
         "head": (0 if config.tie_embeddings else V * D) + (V if config.head_bias else 0),
     }
     if config.value_head:
         parts["value_head"] = D + 1
     return parts | {"total": sum(parts.values())}
+
+
+def num_norms(config: ModelConfig) -> int:
+    """Of the residual stream: two or four a block, and one before the head."""
+    return config.num_layers * (4 if config.norm_position == "both" else 2) + (config.norm_position != "post")
 
 
 def state_bytes(config: ModelConfig, optimizer: OptimizerConfig, *, gradients: bool = True) -> int:
@@ -111,8 +117,8 @@ def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
     t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
     matrices = hidden_weights(config) // t
     norm = D * (2 if config.norm == "layernorm" and config.norm_bias else 1)
-    stored = L * (2 * norm + 2 * D * config.bias) + (norm if config.norm_position == "pre" else 0)
-    whole = L * config.bias * (N * H + 2 * K * H + F * (2 if config.gated else 1)) // t
+    stored = num_norms(config) * norm + L * 2 * D * config.bias
+    whole = L * (config.resolved_qkv_bias * (N * H + 2 * K * H) + config.bias * F * (2 if config.gated else 1)) // t
     whole += (L * 2 * H if config.qk_norm else 0) + (V // t if config.head_bias else 0)
     table, head = 4 * V * D // t, c * V * D // t  # as they are gathered; both have float32 gradients
     positions = 4 * T * D if config.positions == "learned" else 0

@@ -16,7 +16,8 @@ from gptjax.config import ModelConfig
 from gptjax.model import kernels
 from gptjax.model.cache import LayerCache, key_positions, read, write
 from gptjax.model.few_queries import MOST_FEW, few_queries_attention
-from gptjax.model.layers import Linear, Norm, rotate, scaled
+from gptjax.model.layers import Linear, Norm, scaled
+from gptjax.model.positions import rotary_frequencies, rotate
 from gptjax.parallel import sharding
 from gptjax.parametrization import multipliers
 
@@ -189,7 +190,7 @@ class Attention(nn.Module):
 
         def project(name: str, num_heads: int, axis: str) -> jax.Array:
             std = c.initializer_std * scale.hidden_std
-            y = Linear(num_heads * H, ("embed", axis), c.bias, std, c.fp8, name=name)(x_BTD)
+            y = Linear(num_heads * H, ("embed", axis), c.resolved_qkv_bias, std, c.fp8, name=name)(x_BTD)
             out_sharding = sharding.spec("batch", "sequence", axis, "head_dim")
             return jnp.reshape(y, (B, T, num_heads, H), out_sharding=out_sharding)
 
@@ -197,12 +198,15 @@ class Attention(nn.Module):
         k_BTKH = project("k", c.resolved_num_kv_heads, "kv_heads")
         v_BTKH = project("v", c.resolved_num_kv_heads, "kv_heads")
         if c.qk_norm:
-            q_BTNH = Norm("rmsnorm", c.norm_epsilon, axis="head_dim", name="q_norm")(q_BTNH)
-            k_BTKH = Norm("rmsnorm", c.norm_epsilon, axis="head_dim", name="k_norm")(k_BTKH)
+            norm = functools.partial(
+                Norm, "rmsnorm", c.norm_epsilon, axis="head_dim", zero_centered=c.norm_zero_centered
+            )
+            q_BTNH, k_BTKH = norm(name="q_norm")(q_BTNH), norm(name="k_norm")(k_BTKH)
         if c.positions == "rope":
-            q_BTNH = rotate(q_BTNH, place.positions, c.rope_base, c.rotary_dim)
-            k_BTKH = rotate(k_BTKH, place.positions, c.rope_base, c.rotary_dim)
-        return scaled(q_BTNH, scale.attention), k_BTKH, v_BTKH
+            frequencies = rotary_frequencies(c, local=self.window is not None)
+            q_BTNH, k_BTKH = (rotate(x, place.positions, frequencies) for x in (q_BTNH, k_BTKH))
+        factor = scale.attention * (H / c.resolved_query_scale_dim) ** 0.5
+        return scaled(q_BTNH, factor), k_BTKH, v_BTKH
 
     def _dropout_mask(self, q_BTNH: jax.Array, S: int, key: jax.Array | None) -> jax.Array | None:
         rate = self.config.attention_dropout

@@ -32,9 +32,9 @@ from gptjax.model.layers import (
     normal,
     parameter,
     scaled,
-    sinusoid,
     softcap,
 )
+from gptjax.model.positions import sinusoid
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_dtype
 from gptjax.parametrization import multipliers
@@ -48,7 +48,7 @@ VALUE_HEAD = ("value_head", "value_bias")
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with a residual connection and a norm before or after it."""
+    """Attention and feed-forward, each with a residual connection and norms before it, after it, or both."""
 
     config: ModelConfig
     window: int | None
@@ -77,18 +77,24 @@ class Block(nn.Module):
         )
         attention_norm = make_norm(c, "attention_norm")
         feed_forward_norm = make_norm(c, "feed_forward_norm")
-        if c.norm_position == "pre":
+        if c.norm_position != "post":
+
+            def added(y_BTD: jax.Array, norm: str, key: jax.Array | None) -> jax.Array:
+                if c.norm_position == "both":
+                    y_BTD = make_norm(c, norm)(y_BTD)
+                return scaled(dropout(y_BTD, c.residual_dropout, key), scale.sublayer)
+
             y, cache = attention(attention_norm(x_BTD), place, cache, keys[0])
-            x_BTD = x_BTD + scaled(dropout(y, c.residual_dropout, keys[1]), scale.sublayer)
-            y = feed_forward(feed_forward_norm(x_BTD))
-            return x_BTD + scaled(dropout(y, c.residual_dropout, keys[2]), scale.sublayer), cache
+            after_BTD = x_BTD + added(y, "attention_post_norm", keys[1])
+            y = feed_forward(feed_forward_norm(x_BTD if c.parallel_residual else after_BTD))
+            return after_BTD + added(y, "feed_forward_post_norm", keys[2]), cache
         y, cache = attention(x_BTD, place, cache, keys[0])
         x_BTD = attention_norm(x_BTD + dropout(y, c.residual_dropout, keys[1]))
         return feed_forward_norm(x_BTD + dropout(feed_forward(x_BTD), c.residual_dropout, keys[2])), cache
 
 
 def make_norm(config: ModelConfig, name: str) -> Norm:
-    return Norm(config.norm, config.norm_epsilon, config.norm_bias, name=name)
+    return Norm(config.norm, config.norm_epsilon, config.norm_bias, zero_centered=config.norm_zero_centered, name=name)
 
 
 class Head(NamedTuple):
@@ -192,7 +198,7 @@ class GPT(nn.Module):
             x_BTD = apply_blocks(c, blocks, x_BTD, place, keys[1])
         else:
             x_BTD, cache = apply_blocks_to_cache(c, blocks, x_BTD, positions, cache, in_order)
-        if c.norm_position == "pre":
+        if c.norm_position != "post":
             x_BTD = make_norm(c, "final_norm")(x_BTD)
         x_BTD = scaled(x_BTD, multipliers(c).logits)  # before the head: fewer numbers than the logits
         if select_B is not None:

@@ -167,10 +167,14 @@ class Norm(nn.Module):
     epsilon: float
     bias: bool = False
     axis: str = "embed"
+    zero_centered: bool = False
+    """Whether `scale` is what it multiplies by less 1."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", constant(1.0, self.axis), (x.shape[-1],))
+        scale = self.param("scale", constant(0.0 if self.zero_centered else 1.0, self.axis), (x.shape[-1],))
+        if self.zero_centered:
+            scale = 1.0 + scale
         bias = None
         if self.kind == "layernorm" and self.bias:
             bias = sharding.gather(self.param("b", constant(0.0, self.axis), scale.shape), self.axis)
@@ -331,25 +335,3 @@ class FeedForward(nn.Module):
         h_BTF = activation(project("gate")) * project("up") if self.gated else activation(project("up"))
         down = Linear(x_BTD.shape[-1], ("ffn", "embed"), self.bias, self.residual_std, self.fp8, name="down")
         return down(h_BTF)
-
-
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, base: float, rotary_dim: int) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021) of the first `rotary_dim` dimensions of each head.
-
-    Dimension i is paired with i + rotary_dim / 2, as GPT-NeoX and Llama do.
-    """
-    half = rotary_dim // 2
-    frequency_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BTNH = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_H[None, None, None, :]
-    cos, sin = jnp.cos(angle_BTNH), jnp.sin(angle_BTNH)
-    first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (half, rotary_dim), axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
-
-
-def sinusoid(positions_BT: jax.Array, dim: int) -> jax.Array:
-    """Sinusoidal position encoding (Vaswani et al. 2017): sines in the even, cosines in the odd dimensions."""
-    frequency_D = 10_000.0 ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    angle_BTD = positions_BT.astype(jnp.float32)[:, :, None] * frequency_D[None, None, :]
-    pairs_BTD2 = jnp.stack([jnp.sin(angle_BTD), jnp.cos(angle_BTD)], axis=-1)
-    return pairs_BTD2.reshape(*positions_BT.shape, -1)[:, :, :dim]

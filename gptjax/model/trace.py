@@ -65,7 +65,7 @@ class Trace(_Opened):
         x_BTD, place = self.start(tokens_BT)
         norm, weights = make_norm(c, None), []
         for window, params in self.layers():
-            y_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD) if c.norm_position == "pre" else x_BTD
+            y_BTD = norm.apply({"params": params["attention_norm"]}, x_BTD) if c.norm_position != "post" else x_BTD
             layer = AttentionWeights(c, window, parent=None).apply({"params": params["attention"]}, y_BTD, place)
             weights.append(layer.astype(jnp.float32).transpose(0, 2, 1, 3))
             x_BTD, _ = Block(c, window, parent=None).apply({"params": params}, x_BTD, place)

@@ -1,5 +1,6 @@
 """Layers against their formulas in NumPy, and the properties that the model leans on."""
 
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import MeshConfig
+from gptjax.config import MeshConfig, ModelConfig
 from gptjax.model.layers import (
     ACTIVATIONS,
     FeedForward,
@@ -19,10 +20,9 @@ from gptjax.model.layers import (
     dropout,
     matmul,
     normal,
-    rotate,
-    sinusoid,
     softcap,
 )
+from gptjax.model.positions import rotary_frequencies, rotate, sinusoid
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
 
@@ -112,31 +112,54 @@ def test_softcap():
     assert softcap(x, 0.0) is x
 
 
+ROTARY = functools.partial(ModelConfig, model_dim=16, num_heads=2, positions="rope", rope_base=100.0)
+
+
 @pytest.mark.parametrize("rotary_dim", [8, 4, 0])
 def test_rope_depends_on_relative_positions_only(rotary_dim):
     """q·k after rotation is unchanged when both positions move by the same amount, and changes when one does;
     lengths are kept, position 0 is the identity, and dimensions past `rotary_dim` stay as they were."""
     q, k = (jnp.asarray(RANDOM.normal(size=(2, 3, 2, 8)), jnp.float32) for _ in range(2))
     positions = jnp.array([[0, 1, 2], [5, 9, 40]])
+    frequencies = rotary_frequencies(ROTARY(rope_fraction=rotary_dim / 8), local=False)
 
     def scores(q_shift, k_shift):
-        rotated = [rotate(x, positions + s, 100.0, rotary_dim) for x, s in ((q, q_shift), (k, k_shift))]
+        rotated = [rotate(x, positions + s, frequencies) for x, s in ((q, q_shift), (k, k_shift))]
         return jnp.einsum("btnh,bsnh->bnts", *rotated)
 
     np.testing.assert_allclose(scores(7, 7), scores(0, 0), rtol=1e-4, atol=1e-4)
     assert np.allclose(scores(7, 0), scores(0, 0), atol=1e-2) == (rotary_dim == 0)
-    rotated = rotate(q, positions, 100.0, rotary_dim)
+    rotated = rotate(q, positions, frequencies)
     np.testing.assert_array_equal(rotated[..., rotary_dim:], q[..., rotary_dim:])
     np.testing.assert_allclose(jnp.square(rotated).sum(-1), jnp.square(q).sum(-1), rtol=1e-5)
-    np.testing.assert_array_equal(rotate(q, jnp.zeros_like(positions), 100.0, rotary_dim), q)
+    np.testing.assert_array_equal(rotate(q, jnp.zeros_like(positions), frequencies), q)
 
 
 def test_rope_formula():
     """Dimension i and i + half turn by position · base^(-2i/rotary_dim), as in Su et al. 2021 and GPT-NeoX."""
     x = np.zeros((1, 1, 1, 4), np.float32)
     x[..., 1] = 1.0
-    turned = rotate(jnp.asarray(x), jnp.array([[3]]), 100.0, 4)[0, 0, 0]
+    frequencies = rotary_frequencies(ROTARY(rope_fraction=0.5), local=False)
+    turned = rotate(jnp.asarray(x), jnp.array([[3]]), frequencies)[0, 0, 0]
     np.testing.assert_allclose(turned, [0, np.cos(0.3), 0, np.sin(0.3)], atol=1e-6)
+
+
+def test_rope_scaling():
+    """Linear makes all wavelengths longer, llama3 only those that hardly fit into the old context; local layers have a
+    base of their own and no scaling."""
+    shape = functools.partial(ModelConfig, model_dim=64, num_heads=1, positions="rope", rope_factor=8.0)
+    plain = rotary_frequencies(shape(), local=False)
+    linear = shape(rope_scaling="linear", rope_local_base=100.0)
+    np.testing.assert_allclose(rotary_frequencies(linear, local=False) * 8, plain, rtol=1e-6)
+    np.testing.assert_allclose(rotary_frequencies(linear, local=True), 100.0 ** (-np.arange(32) / 32), rtol=1e-5)
+    llama3 = rotary_frequencies(shape(rope_scaling="llama3", rope_original_length=1000), local=False)
+    times = 1000 * plain / (2 * np.pi)
+    np.testing.assert_array_equal(llama3[times >= 4], plain[times >= 4])
+    np.testing.assert_allclose(llama3[times <= 1] * 8, plain[times <= 1], rtol=1e-6)
+    between = (times > 1) & (times < 4)
+    assert between.any()
+    assert ((llama3[between] < plain[between]) & (llama3[between] * 8 > plain[between])).all()
+    assert (np.diff(llama3) < 0).all()
 
 
 @pytest.mark.parametrize("dim", [6, 5])
