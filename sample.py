@@ -24,10 +24,10 @@ def main(arguments: Sequence[str]) -> int:
 
     from gptjax.parallel.mesh import one_device_mesh
     from gptjax.stages.chats import layout_of_run
-    from gptjax.text.chat import TEMPLATE_FILE
+    from gptjax.text.chat import template_file
     from gptjax.training.load import load_run
 
-    talks = not parsed.prompt and (directory / TEMPLATE_FILE).is_file() and parsed.json is None
+    talks = not parsed.prompt and template_file(directory) is not None and parsed.json is None
     with jax.set_mesh(one_device_mesh()):
         run = load_run(directory, parsed.step)
         if parsed.message or parsed.system or talks:

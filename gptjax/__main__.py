@@ -8,7 +8,9 @@ from gptjax.commands import (
     coordinates,
     env,
     evaluate,
+    export,
     fit,
+    import_model,
     plan,
     prepare,
     recipe,
@@ -30,6 +32,8 @@ COMMANDS = {
     "coordinates": coordinates.main,
     "recipe": recipe.main,
     "report": report.main,
+    "import": import_model.main,
+    "export": export.main,
     "verify": verify.main,
     "env": env.main,
 }

@@ -44,7 +44,7 @@ def resolve(
             model, or a device cannot do what is asked of it.
     """
     model, training = config.model, config.training
-    if model.vocab_size is not None and model.vocab_size != tokenizer.vocab_size:
+    if model.vocab_size is not None and model.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens; "
             "leave model.vocab_size out to use the tokenizer's"
@@ -57,7 +57,7 @@ def resolve(
         qkv_bias=model.resolved_qkv_bias,
         query_scale_dim=model.resolved_query_scale_dim,
         rope_local_base=model.resolved_rope_local_base,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=model.vocab_size or tokenizer.vocab_size,
         compute_dtype=model.compute_dtype or default_compute_dtype(devices[0].platform),
     )
     if training.steps is None:

@@ -216,7 +216,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_data_is_read(inside, monk
         (["tiny.py", "--data.path", "other.jsonl"], ["text", "body"]),
         (["tiny.py", "--data.path", "latin1.txt"], ["latin1.txt"]),
         (["tiny.py", "--data.path", "short.txt"], ["validation", "tokens"]),
-        (["tiny.py", "--model.vocab-size", "1000"], ["1000", "300"]),
+        (["tiny.py", "--model.vocab-size", "200"], ["200", "300"]),
         (["tiny.py", "--training.sample-prompt", "the cat sat on a mat " * 9], ["sample_prompt", "16"]),
         (["tiny.py", "--tokenizer.kind", "char", "--training.sample-prompt", "Q"], ["'Q'"]),
         (["tiny.py", "--model.fp8"], ["model.fp8", "compute capability 8.9", "this is cpu"]),

@@ -8,7 +8,7 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import Params
 from gptjax.sampling.chat import chat
 from gptjax.stages import callbacks
-from gptjax.text.chat import TEMPLATE_FILE, ChatFormat, Message, chat_format, read_template
+from gptjax.text.chat import TEMPLATE_FILE, ChatFormat, Message, chat_format, read_template, template_file
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.state import TrainState
 
@@ -23,8 +23,8 @@ def layout(config: Config, tokenizer: Tokenizer) -> ChatFormat:
         path = Path(config.data.chat_template)
         return chat_format(tokenizer, read_template(path), str(path))
     for folder in (config.run_dir, config.model.init_from):
-        path = Path(folder or ".", TEMPLATE_FILE)
-        if folder and path.is_file():
+        path = template_file(Path(folder)) if folder else None
+        if path is not None:
             return chat_format(tokenizer, read_template(path), str(path))
     return chat_format(tokenizer)
 
@@ -35,8 +35,8 @@ def layout_of_run(directory: Path, tokenizer: Tokenizer) -> ChatFormat:
     Raises:
         UserError: it has learned no conversations.
     """
-    path = directory / TEMPLATE_FILE
-    if not path.is_file():
+    path = template_file(directory)
+    if path is None:
         raise UserError(
             f"{directory} has no {TEMPLATE_FILE}: it has not learned to talk; tune it with python train.py "
             f"configs/sft.py --model.init-from {directory}, or give --prompt TEXT to have a text continued"

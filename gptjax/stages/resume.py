@@ -31,6 +31,11 @@ def merge_with_saved(config: Config, directory: Path, accepted: Collection[str],
         UserError: as `run_dir.merge_resume`.
     """
     saved, environment = run_dir.load_run_config(directory)
+    if "imported" in environment:
+        raise UserError(
+            f"{directory} was imported: it has no training to go on with; start a run from it with --model.init-from "
+            f"{directory} and another --run-dir"
+        )
     config = dataclasses.replace(config, mesh=refit_mesh(saved.mesh, config.mesh, jax.device_count()))
     config, changes = run_dir.merge_resume(saved, config, accepted)
     for field, (old, new) in changes.items():

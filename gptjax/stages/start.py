@@ -6,6 +6,8 @@ from pathlib import Path
 
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
+from gptjax.interop.configs import is_huggingface
+from gptjax.interop.huggingface import read_config
 from gptjax.model.gpt import GPT, VALUE_HEAD, Params
 from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer
@@ -33,10 +35,11 @@ def inherit(config: Config, continued: bool = False) -> Config:
     if not source:
         return config
     gone = continued and not Path(source, CONFIG_FILE).is_file()
-    saved, _ = load_run_config(config.run_dir if gone else source)
+    there_now = config.run_dir if gone else source
+    model = read_config(Path(source)) if is_huggingface(Path(there_now)) else load_run_config(there_now)[0].model
     default, shape = ModelConfig(), {}
     for field in dataclasses.fields(ModelConfig):
-        asked, there = getattr(config.model, field.name), getattr(saved.model, field.name)
+        asked, there = getattr(config.model, field.name), getattr(model, field.name)
         if field.name in OWN:
             continue
         if asked not in (there, getattr(default, field.name)):
@@ -45,7 +48,9 @@ def inherit(config: Config, continued: bool = False) -> Config:
                 "model.init_from"
             )
         shape[field.name] = there
-    path = saved.tokenizer.path if gone else str(Path(source) / TOKENIZER_FILE)
+    path = str(Path(source) if is_huggingface(Path(source)) else Path(source) / TOKENIZER_FILE)
+    if gone:
+        path = load_run_config(config.run_dir)[0].tokenizer.path
     if config.tokenizer.path not in ("", path):
         raise UserError(
             f"tokenizer.path is {config.tokenizer.path}, but the model of {source} knows only the ids of its own; "

@@ -98,6 +98,7 @@ def train(
             if continued:
                 resume.check_same_tokenizer(directory, data.tokenizer)
             config = resolve(config, jax.devices(), data.tokenizer, num_rows=data.num_rows)
+            data = data._replace(tokenizer=data.tokenizer.with_vocab_size(config.model.vocab_size))
             memory = memory_bytes(jax.local_devices()[0])
             require_fits(config.mesh, config.model, config.training, memory, config.optimizer)
             with jax.set_mesh(make_mesh(config.mesh)):

@@ -214,6 +214,18 @@ def chat_format(tokenizer: Tokenizer, template: str = "", source: str = "the cha
     return Template(tokenizer, template, source) if template.strip() not in ("", CHATML.strip()) else ChatML(tokenizer)
 
 
+def template_file(folder: Path) -> Path | None:
+    """The file of a run, or of a Hugging Face directory, that has its template; None: it has not learned to talk."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return folder / TEMPLATE_FILE
+    path = folder / "tokenizer_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return path if isinstance(values, dict) and isinstance(values.get("chat_template"), str) else None
+
+
 def read_template(path: Path) -> str:
     """A template's text, from a Jinja file or from the `chat_template` of a `tokenizer_config.json`.
 

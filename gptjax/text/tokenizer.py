@@ -50,7 +50,11 @@ SPLIT_PATTERN = "|".join(
 class Tokenizer:
     """Text to ids and back; special tokens come only from `special_token_ids`, never from text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int = 0):
+        """
+        Args:
+            vocab_size: ids that there are to be at least; those without a token stand for nothing.
+        """
         self._backend = backend
         backend.encode_special_tokens = True  # the file cannot hold it: without it text may spell special tokens
         backend.no_truncation()
@@ -59,8 +63,13 @@ class Tokenizer:
         self._added = backend.get_added_tokens_decoder()
         self.special_token_ids = {token.content: i for i, token in sorted(self._added.items()) if token.special}
         """Id of every special token by its name."""
-        self.vocab_size = 1 + max(self._vocab.values())
+        self._num_tokens = 1 + max(self._vocab.values())
+        self.vocab_size = max(self._num_tokens, vocab_size)
         """Number of ids, special ones included."""
+
+    def with_vocab_size(self, vocab_size: int) -> "Tokenizer":
+        """The same with at least so many ids, for a model that has more rows than there are tokens."""
+        return Tokenizer(self._backend, vocab_size)
 
     @property
     def kind(self) -> Literal["bpe", "byte", "char", "sentencepiece"]:
@@ -110,7 +119,7 @@ class Tokenizer:
         outside = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if outside is not None:
             raise UserError(f"token id {outside} is outside this tokenizer's {self.vocab_size} ids")
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return self._backend.decode([i for i in ids if i < self._num_tokens], skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self) -> list[bytes]:
         """The UTF-8 bytes that each id stands for, in the order of the ids; none for special tokens."""

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import jax
 
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, ModelConfig, TokenizerConfig
 from gptjax.errors import UserError
+from gptjax.interop import huggingface
+from gptjax.interop.configs import is_huggingface
 from gptjax.model import lora
 from gptjax.model.gpt import GPT, Params
-from gptjax.resolve import default_compute_dtype
+from gptjax.resolve import default_compute_dtype, resolve
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, recovery
 from gptjax.training.run_dir import CHECKPOINTS, TOKENIZER_FILE, load_run_config
@@ -51,8 +53,8 @@ def load_run(
 ) -> Run:
     """Load configuration, tokenizer and parameters of a run, onto the current mesh or the default device.
 
-    Adapters are merged into the run that they adapt. Nothing is written. In place of a damaged checkpoint that was not
-    named by its number, the next one is used.
+    Of a Hugging Face directory, too, which has one step, 0. Adapters are merged into the run that they adapt. Nothing
+    is written. In place of a damaged checkpoint that was not named by its number, the next one is used.
 
     Args:
         step: a step that has a checkpoint, `last`, or `best` (lowest validation loss).
@@ -63,8 +65,10 @@ def load_run(
         UserError: the folder is no run, has no such checkpoint, or it is damaged.
     """
     directory = Path(directory)
+    if is_huggingface(directory):
+        return _load_huggingface(directory, log)
     config, _ = load_run_config(directory)
-    tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+    tokenizer = Tokenizer.load(directory / TOKENIZER_FILE).with_vocab_size(config.model.vocab_size)
     # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round; a kernel that it
     # was told to train with need not exist here; and eight-bit products become whole ones, which need no such chip and
     # cost little where weights are read once a token.
@@ -80,6 +84,15 @@ def load_run(
         base = load_run(config.model.init_from, verify=verify, log=log).params
         params = jax.jit(lambda trained, base: lora.merge(lora.join(base, trained, config.lora)))(params, base)
     return Run(directory, config, tokenizer, model, params, number)
+
+
+def _load_huggingface(directory: Path, log: Callable[[str], None]) -> Run:
+    model = huggingface.read_config(directory)
+    tokenizer = huggingface.read_tokenizer(directory, model, log)
+    given = Config(model=model, tokenizer=TokenizerConfig(path=str(directory)), run_dir=str(directory))
+    config = resolve(given, jax.devices(), tokenizer)
+    params = huggingface.read_params(directory, config.model)
+    return Run(directory, config, tokenizer, GPT(config.model), params, 0)
 
 
 def _place(config: Config) -> tuple[str, ...]:

@@ -1,0 +1,251 @@
+"""Hugging Face directories: models of other programs read into ours, and ours written for them.
+
+Shape suffixes: L layers, D inputs, F outputs, V rows of the vocabulary.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.errors import UserError
+from gptjax.interop.configs import family_of, from_theirs, read_json, to_theirs
+from gptjax.interop.families import Family, Tensor
+from gptjax.interop.tensor_files import TensorFiles, write_tensors
+from gptjax.model.gpt import GPT, Params
+from gptjax.text.files import load_tokenizer
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.training.state import abstract_params
+
+GENERATION_FILE = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+"""In which weights can be written."""
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The model of a directory's `config.json`.
+
+    Raises:
+        UserError: as `read_json` and `from_theirs`.
+    """
+    return from_theirs(read_json(directory))
+
+
+def read_tokenizer(directory: Path, config: ModelConfig, log: Callable[[str], None]) -> Tokenizer:
+    """The tokenizer of a directory, with as many ids as the model has rows.
+
+    Raises:
+        UserError: as `load_tokenizer`, or it has ids for which the model has no row.
+    """
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {directory} has {tokenizer.vocab_size} ids, but the model has rows for "
+            f"{config.vocab_size} only"
+        )
+    if tokenizer.vocab_size < config.vocab_size:
+        log(f"{config.vocab_size - tokenizer.vocab_size} rows of the model stand for no token, as is usual")
+    for name in TOKEN_IDS:
+        for number in _numbers(read_json(directory).get(name)):
+            if number >= config.vocab_size:
+                log(f"{name} {number} of config.json is outside the vocabulary and is not used")
+    return tokenizer.with_vocab_size(config.vocab_size)
+
+
+def _numbers(value: Any) -> list[int]:
+    return [] if value is None else [int(n) for n in (value if isinstance(value, list) else [value])]
+
+
+def read_params(directory: Path, config: ModelConfig) -> Params:
+    """The parameters, float32, each read by pieces into its shards under the current mesh.
+
+    Raises:
+        UserError: tensors are missing or too many, or of another shape, or a file cannot be read.
+    """
+    files = TensorFiles(directory)
+    family = family_of(read_json(directory))
+    shapes = abstract_params(GPT(config))
+    tensors = _tensors_of(family, shapes)
+    _require_equal(files, family, tensors, shapes, config)
+    source = {path: (tensor, part) for tensor in tensors for part, path in enumerate(tensor.ours)}
+
+    def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = _path(path)
+        tensor, part = source[name]
+        sizes = [_outputs(shapes, ours) for ours in tensor.ours]
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
+            found = np.zeros([s.stop - s.start for s in bounds], np.float32)
+            if name.startswith("blocks/"):
+                for row, number in enumerate(range(bounds[0].start, bounds[0].stop)):
+                    full = _named(files, family, tensor.theirs.format(number))
+                    found[row] = _piece(files, full, tensor, part, sizes, bounds[1:], config)
+            else:
+                full = _named(files, family, tensor.theirs)
+                rows = files.infos[full].shape[0]
+                within = (slice(bounds[0].start, max(bounds[0].start, min(bounds[0].stop, rows))), *bounds[1:])
+                if within[0].stop > within[0].start:
+                    found[: within[0].stop - within[0].start] = _piece(files, full, tensor, part, sizes, within, config)
+            return found
+
+        where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.make_array_from_callback(leaf.shape, where, piece)
+
+    return jax.tree_util.tree_map_with_path(read, shapes)
+
+
+def _path(path: tuple) -> str:
+    return "/".join(str(key.key) for key in path)
+
+
+def _leaves(shapes: Params) -> dict[str, jax.ShapeDtypeStruct]:
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+
+
+def _tensors_of(family: Family, shapes: Params) -> list[Tensor]:
+    """Those whose parameters the model has."""
+    there = _leaves(shapes)
+    tensors = [tensor for tensor in family.tensors if all(path in there for path in tensor.ours)]
+    covered = {path for tensor in tensors for path in tensor.ours}
+    assert covered == set(there), f"{family.model_type} has no names for {sorted(set(there) - covered)}"
+    return tensors
+
+
+def _outputs(shapes: Params, path: str) -> int:
+    return _leaves(shapes)[path].shape[-1]
+
+
+def _named(files: TensorFiles, family: Family, name: str) -> str:
+    """The name as the files have it."""
+    short = name.removeprefix(family.prefix)
+    return short if family.prefix and name not in files.infos and short in files.infos else name
+
+
+def _their_shape(tensor: Tensor, shapes: Params, config: ModelConfig) -> tuple[int, ...]:
+    leaves = [_leaves(shapes)[path] for path in tensor.ours]
+    own = [
+        leaf.shape[1:] if path.startswith("blocks/") else leaf.shape
+        for path, leaf in zip(tensor.ours, leaves, strict=True)
+    ]
+    if tensor.ours[0] in ("embedding", "head"):
+        return config.vocab_size, own[0][1]
+    whole = (*own[0][:-1], sum(shape[-1] for shape in own))
+    return whole[::-1] if tensor.transposed else whole
+
+
+def _require_equal(
+    files: TensorFiles, family: Family, tensors: list[Tensor], shapes: Params, config: ModelConfig
+) -> None:
+    wanted = {}
+    for tensor, number in _each(tensors, config):
+        wanted[_named(files, family, tensor.theirs.format(number))] = _their_shape(tensor, shapes, config)
+    missing = sorted(set(wanted) - set(files.infos))
+    if missing:
+        raise UserError(f"{files.directory} lacks the tensor {missing[0]}{_more(missing)}")
+    # A head that is the embedding is written twice by some.
+    unused = {"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set()
+    extra = sorted(
+        name for name in set(files.infos) - set(wanted) - unused if not name.endswith(family.buffers or ("\0",))
+    )
+    if extra:
+        raise UserError(
+            f"{files.directory} has the tensor {extra[0]}{_more(extra)}, for which the {family.model_type} model of "
+            "its config.json has no place"
+        )
+    for name, shape in wanted.items():
+        found = files.infos[name].shape
+        if found != shape:
+            raise UserError(f"{files.directory}: {name} has the shape {[*found]}, but config.json asks for {[*shape]}")
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _each(tensors: list[Tensor], config: ModelConfig) -> Iterator[tuple[Tensor, int]]:
+    """Each tensor, of blocks once for each layer, as models list them."""
+    blocks = [tensor for tensor in tensors if "{}" in tensor.theirs]
+    place = next((i for i, tensor in enumerate(tensors) if "{}" in tensor.theirs), 0)
+    others = [tensor for tensor in tensors if "{}" not in tensor.theirs]
+    yield from ((tensor, 0) for tensor in others[:place])
+    for number in range(config.num_layers):
+        yield from ((tensor, number) for tensor in blocks)
+    yield from ((tensor, 0) for tensor in others[place:])
+
+
+def _piece(
+    files: TensorFiles,
+    name: str,
+    tensor: Tensor,
+    part: int,
+    sizes: list[int],
+    bounds: tuple[slice, ...],
+    config: ModelConfig,
+) -> np.ndarray:
+    """What lies within `bounds` of one of our parameters, without its layers' dimension."""
+    *inputs, outputs = bounds
+    if tensor.by_head:
+        whole = files.read(name)
+        whole = whole.T if tensor.transposed else whole
+        heads = whole.reshape(*whole.shape[:-1], config.num_heads, len(sizes), -1)[..., part, :]
+        return heads.reshape(*whole.shape[:-1], -1)[bounds]
+    start = sum(sizes[:part])
+    outputs = slice(start + outputs.start, start + outputs.stop)
+    index = (*inputs, outputs)
+    return files.read(name, index[::-1]).T if tensor.transposed else files.read(name, index)
+
+
+def write_model(
+    directory: Path,
+    config: ModelConfig,
+    params: Params,
+    *,
+    dtype: str = "float32",
+    end_of_text_id: int | None = None,
+    shard_bytes: int | None = None,
+) -> Family:
+    """Write `config.json`, `generation_config.json` and the weights, as transformers does.
+
+    Raises:
+        UserError: as `to_theirs`.
+    """
+    family, theirs = to_theirs(config)
+    leaves = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    tensors = _tensors_of(family, params)
+    theirs |= {"dtype": dtype, "eos_token_id": end_of_text_id, "bos_token_id": end_of_text_id, "pad_token_id": None}
+    (directory / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+    generation = {"eos_token_id": end_of_text_id, "bos_token_id": end_of_text_id}
+    (directory / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    named = {tensor.theirs.format(number): (tensor, number) for tensor, number in _each(tensors, config)}
+    width = np.dtype(TYPES[dtype]).itemsize
+    sizes = {name: width * int(np.prod(_their_shape(tensor, params, config))) for name, (tensor, _) in named.items()}
+
+    def read(name: str) -> np.ndarray:
+        tensor, number = named[name]
+        return _theirs(tensor, number, leaves, config).astype(TYPES[dtype])
+
+    more = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    write_tensors(directory, [*named], read, sizes, **more)
+    return family
+
+
+def _theirs(tensor: Tensor, number: int, leaves: Mapping[str, jax.Array], config: ModelConfig) -> np.ndarray:
+    parts = []
+    for path in tensor.ours:
+        leaf = leaves[path][number] if path.startswith("blocks/") else leaves[path]
+        parts.append(np.asarray(jax.device_get(leaf), np.float32))
+    if tensor.ours[0] in ("embedding", "head"):
+        return parts[0][: config.vocab_size]
+    if tensor.by_head:
+        heads = [part.reshape(*part.shape[:-1], config.num_heads, 1, -1) for part in parts]
+        whole = np.concatenate(heads, axis=-2).reshape(*parts[0].shape[:-1], -1)
+    else:
+        whole = np.concatenate(parts, axis=-1)
+    return whole.T if tensor.transposed else whole

@@ -1,0 +1,154 @@
+"""Runs made of Hugging Face directories, and directories made of runs."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.config import Config, TokenizerConfig
+from gptjax.errors import UserError
+from gptjax.interop import huggingface
+from gptjax.interop.configs import is_huggingface
+from gptjax.resolve import resolve
+from gptjax.text.chat import TEMPLATE_FILE, read_template, template_file
+from gptjax.training import checkpoint, run_dir
+from gptjax.training.load import Run
+from gptjax.training.summary import read_summary
+
+IMPORTED = "imported"
+"""Under this name the environment of a run that was imported says where from."""
+TOKENIZER_CONFIG, CARD = "tokenizer_config.json", "README.md"
+PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.bpe", "*.jinja", "*.model")
+"""What is fetched of a model on the hub: no pickles."""
+
+
+def find_source(name: str, log: Callable[[str], None]) -> Path:
+    """A directory, or that of a model on the Hugging Face hub, `OWNER/NAME` or `hf://OWNER/NAME`, which is fetched.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path, repository = Path(name), name.removeprefix("hf://")
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"{name} is neither a directory nor a model of the Hugging Face hub, such as hf://OWNER/NAME")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f'{name} is no directory here; to fetch it from the Hugging Face hub: pip install "gptjax[hub]"'
+        ) from None
+    log(f"fetching {repository} from the Hugging Face hub")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[*PATTERNS]))
+    except Exception as error:  # of many kinds: the network's, the hub's, the file system's
+        raise UserError(f"{repository} cannot be fetched from the Hugging Face hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
+    """Make a run of a Hugging Face directory, with one checkpoint at step 0, under the current mesh.
+
+    Raises:
+        UserError: the run's folder is not empty; or as `huggingface.read_params` and `read_tokenizer`.
+    """
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"{run} is there already, and not an empty folder; choose another one")
+    model = huggingface.read_config(source)
+    tokenizer = huggingface.read_tokenizer(source, model, log)
+    config = Config(
+        model=model, tokenizer=TokenizerConfig(path=str((run / run_dir.TOKENIZER_FILE).absolute())), run_dir=str(run)
+    )
+    config = resolve(config, jax.devices(), tokenizer)
+    params = huggingface.read_params(source, config.model)
+    with run_dir.writable(run):
+        run_dir.write_text(run / run_dir.TOKENIZER_FILE, tokenizer.to_json())
+        template = template_file(source)
+        if template is not None:
+            run_dir.write_text(run / TEMPLATE_FILE, read_template(template))
+        with checkpoint.open_checkpoints(run / run_dir.CHECKPOINTS, config.checkpoint) as manager:
+            metadata = {IMPORTED: str(source.absolute()), "tokenizer": tokenizer.to_json()}
+            checkpoint.save(manager, 0, {"params": params}, metadata)
+        run_dir.save_config(run, config, run_dir.environment() | {IMPORTED: {"from": str(source.absolute())}})
+
+
+def export_run(run: Run, directory: Path, *, dtype: str = "float32", licence: str = "unknown") -> str:
+    """Write a run as a Hugging Face directory: weights, configuration, tokenizer, chat template and a model card.
+
+    Returns:
+        The `model_type` that it has there.
+
+    Raises:
+        UserError: the directory is not empty, transformers has no such model, or there is no such type of weights.
+    """
+    if dtype not in huggingface.TYPES:
+        raise UserError(f"--dtype {dtype} is no type of weights; those that can be written are {[*huggingface.TYPES]}")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} is there already, and not an empty folder; nothing was written")
+    huggingface.to_theirs(run.config.model)  # what it refuses is refused before a folder is made
+    directory.mkdir(parents=True, exist_ok=True)
+    end = run.tokenizer.end_of_text_id
+    family = huggingface.write_model(directory, run.config.model, run.params, dtype=dtype, end_of_text_id=end)
+    run.tokenizer.save(directory / run_dir.TOKENIZER_FILE)
+    _write_json(directory / TOKENIZER_CONFIG, _tokenizer_config(run))
+    template = template_file(run.directory)
+    if template is not None:
+        (directory / TEMPLATE_FILE).write_text(read_template(template), encoding="utf-8")
+    (directory / CARD).write_text(model_card(run, dtype, licence), encoding="utf-8")
+    return family.model_type
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer_config(run: Run) -> dict[str, Any]:
+    names = {i: name for name, i in run.tokenizer.special_token_ids.items()}
+    end = names[run.tokenizer.end_of_text_id]
+    values = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": run.config.model.context_length,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": end,
+        "bos_token": end,
+    }
+    pad = next((name for name in ("<|pad|>", "<pad>") if name in run.tokenizer.special_token_ids), end)
+    return values | {"pad_token": pad}
+
+
+def imported_from(directory: Path) -> str | None:
+    """Where a run was imported from, or the directory itself if it is Hugging Face's; None: it was trained here."""
+    if is_huggingface(directory):
+        return str(directory)
+    return run_dir.load_run_config(directory)[1].get(IMPORTED, {}).get("from")
+
+
+def model_card(run: Run, dtype: str, licence: str) -> str:
+    """What a model is, how it came about and what it reached, as the hub shows it."""
+    config, summary = run.config, read_summary(run.directory) or {}
+    source = imported_from(run.directory)
+    rows = [
+        ("stage", config.stage),
+        ("made from", source or config.model.init_from or "drawn parameters"),
+        ("data", "unknown" if source else ", ".join(config.data.path) or "unknown"),
+        ("step", f"{run.step:,}"),
+        ("tokens trained on", f"{summary['tokens']:,}" if summary.get("tokens") is not None else "unknown"),
+    ]
+    named = {"val_loss": "held-out loss, nats a token", "val_bits_per_byte": "held-out bits a byte"}
+    rows += [(what, f"{summary[name]:.4f}") for name, what in named.items() if summary.get(name) is not None]
+    rows += [("parameters", f"{sum(leaf.size for leaf in jax.tree.leaves(run.params)):,}"), ("weights", dtype)]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    shape = json.dumps(dataclasses.asdict(config.model), indent=2)
+    return (
+        f"---\nlicense: {licence}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- gptjax\n---\n\n"
+        f"# {run.directory.absolute().name}\n\nTrained and exported with gptjax.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"## Model\n\n```json\n{shape}\n```\n"
+    )

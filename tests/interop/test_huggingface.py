@@ -1,0 +1,288 @@
+"""Hugging Face directories read and written without any program of theirs; and what is refused of them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gptjax.config import ModelConfig, TokenizerConfig
+from gptjax.errors import UserError
+from gptjax.interop import huggingface, tensor_files
+from gptjax.interop.configs import from_theirs, to_theirs
+from gptjax.interop.families import FAMILIES
+from gptjax.interop.transfer import export_run, find_source, import_model
+from gptjax.model.gpt import GPT
+from gptjax.presets import gpt3
+from gptjax.text.tokenizer import train_tokenizer
+from gptjax.training.load import load_run
+from gptjax.training.state import init_params
+
+SHAPE = {"num_layers": 3, "model_dim": 24, "num_heads": 4, "context_length": 32, "ffn_dim": 40, "vocab_size": 301}
+MODERN = {**SHAPE, "norm": "rmsnorm", "positions": "rope", "feed_forward": "swiglu", "bias": False, "head_dim": 8}
+GEMMA = {
+    **MODERN,
+    "feed_forward": "geglu",
+    "norm_position": "both",
+    "norm_zero_centered": True,
+    "scale_embedding": True,
+    "query_scale_dim": 20.0,
+    "attention_pattern": ("local", "dense"),
+    "attention_window": 6,
+    "attention_softcap": 50.0,
+}
+LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 16, "tie_embeddings": False}
+MODELS = {
+    "gpt2": SHAPE,
+    "llama": {**MODERN, **LLAMA3, "num_kv_heads": 1},
+    "mistral": {**MODERN, "attention_pattern": ("local",), "attention_window": 5},
+    "qwen2": {**MODERN, "qkv_bias": True, "head_dim": None},
+    "qwen3": {**MODERN, "qk_norm": True},
+    "gpt_neox": {
+        **SHAPE,
+        "positions": "rope",
+        "rope_fraction": 1 / 3,
+        "parallel_residual": True,
+        "feed_forward": "gelu",
+        "tie_embeddings": False,
+    },
+    "gemma2": GEMMA,
+    "gemma3_text": {
+        **GEMMA,
+        "qk_norm": True,
+        "attention_softcap": 0.0,
+        "rope_base": 1e6,
+        "rope_local_base": 1e4,
+        "rope_scaling": "linear",
+        "rope_factor": 8.0,
+    },
+}
+
+
+def test_every_family_has_a_model():
+    assert set(MODELS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_comes_back(kind, tmp_path):
+    """Written and read again it is the same, bit by bit, in one file or in several."""
+    config = ModelConfig(**MODELS[kind])
+    params = drawn(config)
+    family = huggingface.write_model(tmp_path, config, params, end_of_text_id=0, shard_bytes=20_000)
+    assert family.model_type == kind
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    again = huggingface.read_config(tmp_path)
+    for field in dataclasses.fields(ModelConfig):
+        resolved = f"resolved_{field.name}" if hasattr(config, f"resolved_{field.name}") else field.name
+        if field.name != "attention_window" or "local" in config.attention_pattern:
+            assert getattr(again, resolved) == pytest.approx(getattr(config, resolved)), field.name
+    jax.tree.map(np.testing.assert_array_equal, rows_of(huggingface.read_params(tmp_path, again)), rows_of(params))
+
+
+def drawn(config):
+    """Every parameter drawn, norms and biases too."""
+    params = init_params(GPT(config), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return tree.unflatten([x + jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def rows_of(params):
+    """Without the padding of the vocabulary, which no other program has."""
+    tables = {name: params[name][: SHAPE["vocab_size"]] for name in ("embedding", "head") if name in params}
+    return jax.device_get(params | tables)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"feed_forward": "relu2"}, "feed_forward swiglu"),
+        ({"value_head": True}, "value_head False instead of True"),
+        ({"parametrization": "mup"}, "parametrization standard instead of mup"),
+        ({"attention_pattern": ("dense", "local"), "qk_norm": False}, "banded layers"),
+    ],
+)
+def test_a_model_that_no_family_has(changes, said):
+    with pytest.raises(UserError, match="transformers has no model like this one; the nearest it has is ") as error:
+        to_theirs(ModelConfig(**{**MODELS["qwen3"], **changes}))
+    assert said in str(error.value)
+
+
+def test_gpt3_has_banded_layers():
+    with pytest.raises(UserError, match="nearest it has is gpt2, which needs no banded layers"):
+        to_theirs(gpt3("125M").model)
+
+
+def test_older_fields_are_understood():
+    """Those that transformers had before its version 5, and those of Meta's and EleutherAI's own files."""
+    base = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 64
+    old = from_theirs(
+        {**base, "rope_theta": 5e5, "rope_scaling": scaling, "torch_dtype": "bfloat16", "pretraining_tp": 1}
+    )
+    new = from_theirs({**base, "rope_parameters": {**scaling, "rope_theta": 5e5}})
+    assert old == new
+    assert (old.rope_base, old.rope_scaling, old.rope_factor, old.rope_original_length) == (5e5, "llama3", 8.0, 64)
+    neox = {**base, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 2e4}
+    assert (from_theirs(neox).rope_fraction, from_theirs(neox).rope_base) == (0.5, 2e4)
+    gemma = {**base, "num_hidden_layers": 12, "num_key_value_heads": 1, "intermediate_size": 9, "sliding_window": 6}
+    found = from_theirs({**gemma, "model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4})
+    assert found.attention_pattern == ("local",) * 5 + ("dense",)
+    assert (found.rope_base, found.rope_local_base) == (1e6, 1e4)
+    assert from_theirs({**gemma, "model_type": "gemma2"}).attention_pattern == ("local", "dense")
+    qwen = {**base, "model_type": "qwen2", "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 3}
+    assert from_theirs({**qwen, "use_sliding_window": False}).attention_pattern == ("dense",)
+    some = from_theirs({**qwen, "use_sliding_window": True, "max_window_layers": 3})
+    assert some.attention_pattern == ("dense",) * 3 + ("local",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert' is none of those that gptjax can compute: gpt2, llama, mistral"),
+        ({"attention_bias": True}, "attention_bias = true, which gptjax cannot compute; false works"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu", which gptjax cannot compute; silu work'),
+        ({"clip_qkv": 8.0}, "clip_qkv = 8.0, which gptjax does not know of llama models"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "scales rotary positions by 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "does not say by what factor"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "wide"}, "model.model_dim"),
+        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "cannot be understood: KeyError('original_max_position"),
+        ({"rope_theta": "far", "rope_parameters": None}, "cannot be understood: ValueError("),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(fields, said):
+    _, theirs = to_theirs(ModelConfig(**{**MODERN, "tie_embeddings": False}))
+    with pytest.raises(UserError) as error:
+        from_theirs({name: value for name, value in (theirs | fields).items() if value is not None})
+    assert said in str(error.value)
+
+
+def test_harmless_fields_are_not():
+    _, theirs = to_theirs(ModelConfig(**MODERN))
+    assert from_theirs(theirs | {"_anything": 3, "use_cache": False, "clip_qkv": None}) == from_theirs(theirs)
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    """A model with its tokenizer, whose two files of weights have an index."""
+    tokenizer = train_tokenizer([], TokenizerConfig(kind="byte"))
+    config = ModelConfig(**MODERN | {"vocab_size": tokenizer.vocab_size})
+    (tmp_path / "hf").mkdir()
+    huggingface.write_model(tmp_path / "hf", config, drawn(config), end_of_text_id=0)
+    tokenizer.save(tmp_path / "hf" / "tokenizer.json")
+    return tmp_path / "hf"
+
+
+def change(directory: Path, **tensors):
+    """Write tensors anew; None takes one out."""
+    path = directory / tensor_files.SINGLE
+    kept = load_file(path) | {name.replace("__", "."): value for name, value in tensors.items()}
+    save_file({name: value for name, value in kept.items() if value is not None}, path)
+
+
+def set_field(directory: Path, name: str, value) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+
+
+def index(directory: Path, files: dict) -> None:
+    (directory / tensor_files.INDEX).write_text(json.dumps({"weight_map": files}))
+
+
+def cut(directory: Path) -> None:
+    path = directory / tensor_files.SINGLE
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def craft(directory: Path) -> None:
+    """A header that is said to be longer than the file."""
+    (directory / tensor_files.SINGLE).write_bytes((2**62).to_bytes(8, "little") + b"{}")
+
+
+def pickle(directory: Path) -> None:
+    (directory / tensor_files.SINGLE).rename(directory / "pytorch_model.bin")
+
+
+BAD = {
+    "missing": (lambda d: change(d, model__norm__weight=None), "lacks the tensor model.norm.weight"),
+    "extra": (
+        lambda d: change(d, model__more=np.zeros(3, np.float32)),
+        "has the tensor model.more, for which the llama",
+    ),
+    "shape": (
+        lambda d: change(d, model__norm__weight=np.zeros(3, np.float32)),
+        "model.norm.weight has the shape [3], but config.json asks for [24]",
+    ),
+    "type": (lambda d: change(d, model__norm__weight=np.zeros(24, np.int32)), "model.norm.weight is of type I32"),
+    "cut": (cut, "is no file of safetensors, or not a whole one"),
+    "crafted": (craft, "is no file of safetensors, or not a whole one"),
+    "pickle": (pickle, "has its weights in pytorch_model.bin, a pickle"),
+    "outside": (
+        lambda d: index(d, {"model.norm.weight": "../x.safetensors"}),
+        "'../x.safetensors', outside of the directory",
+    ),
+    "absolute": (lambda d: index(d, {"model.norm.weight": "/etc/passwd"}), "'/etc/passwd', outside of the directory"),
+    "gone": (
+        lambda d: index(d, {"model.norm.weight": "model-1.safetensors"}),
+        "names model-1.safetensors, which is not there",
+    ),
+    "no index": (lambda d: index(d, []), "is no index of safetensors"),
+    "another index": (lambda d: index(d, {"model.norm.weight": tensor_files.SINGLE}), "does not fit its files"),
+    "fewer rows": (lambda d: set_field(d, "vocab_size", 200), "has 272 ids, but the model has rows for 200 only"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "holds no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_bad_directory_is_refused(how, directory, tmp_path):
+    """In one line, and no run is made of it."""
+    spoil, said = BAD[how]
+    spoil(directory)
+    with pytest.raises(UserError) as error:
+        import_model(directory, tmp_path / "run", print)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_without_tokens_and_odd_special_ids_are_noted(directory, tmp_path):
+    """Usual in what is published: a vocabulary rounded up, and a configuration with another model's ids."""
+    config = huggingface.read_config(directory)
+    more = dataclasses.replace(config, vocab_size=config.vocab_size + 7)
+    huggingface.write_model(directory, more, drawn(more), end_of_text_id=50256)
+    said = []
+    import_model(directory, tmp_path / "run", said.append)
+    assert said[0] == "7 rows of the model stand for no token, as is usual"
+    assert "eos_token_id 50256 of config.json is outside the vocabulary and is not used" in said
+    run = load_run(tmp_path / "run")
+    assert run.config.model.vocab_size == run.tokenizer.vocab_size == 279
+    assert run.tokenizer.decode([278, *run.tokenizer.encode("a")]) == "a"
+
+
+def test_a_run_is_exported_whole(directory, tmp_path):
+    """Weights in any type, the tokenizer, a card; into an empty folder alone."""
+    import_model(directory, tmp_path / "run", print)
+    run = load_run(tmp_path / "run")
+    assert export_run(run, tmp_path / "out", dtype="bfloat16", licence="mit") == "llama"
+    infos = tensor_files.TensorFiles(tmp_path / "out").infos
+    assert {info.dtype for info in infos.values()} == {"BF16"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n")
+    assert f"| made from | {directory.absolute()} |" in card
+    values = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert values["eos_token"] == "<|endoftext|>"
+    with pytest.raises(UserError, match="not an empty folder; nothing was written"):
+        export_run(run, tmp_path / "out")
+    with pytest.raises(UserError, match="int3 is no type of weights"):
+        export_run(run, tmp_path / "other", dtype="int3")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_source_that_is_nowhere(tmp_path):
+    with pytest.raises(UserError, match="is neither a directory nor a model of the Hugging Face hub"):
+        find_source(str(tmp_path / "a" / "b"), print)
