@@ -4,7 +4,9 @@ Shape suffixes: L layers, D inputs, F outputs, V rows of the vocabulary.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.configs import family_of, from_theirs, read_json, to_theirs
 from gptjax.interop.families import Family, Tensor
-from gptjax.interop.tensor_files import TensorFiles, write_tensors
+from gptjax.interop.tensor_files import TensorFiles, in_float32, write_tensors
 from gptjax.model.gpt import GPT, Params
 from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer
@@ -78,27 +80,61 @@ def read_params(directory: Path, config: ModelConfig) -> Params:
     def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = _path(path)
         tensor, part = source[name]
-        sizes = [_outputs(shapes, ours) for ours in tensor.ours]
+        start = sum(_leaves(shapes)[ours].shape[-1] for ours in tensor.ours[:part])
+
+        def theirs(number: int) -> np.ndarray:
+            """All of this parameter, without the layers' dimension, as it lies in the file."""
+            whole = files.open(_named(files, family, tensor.theirs.format(number)))
+            if tensor.by_head:  # all of these have their outputs first
+                heads = whole.reshape(config.num_heads, len(tensor.ours), -1, *whole.shape[1:])[:, part]
+                return heads.reshape(leaf.shape[-1], *whole.shape[1:]).T
+            whole = whole.T if tensor.transposed else whole
+            return whole[..., start : start + leaf.shape[-1]]
 
         def piece(index: tuple[slice, ...]) -> np.ndarray:
             bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
-            found = np.zeros([s.stop - s.start for s in bounds], np.float32)
+            found = _aligned(tuple(s.stop - s.start for s in bounds))
             if name.startswith("blocks/"):
                 for row, number in enumerate(range(bounds[0].start, bounds[0].stop)):
-                    full = _named(files, family, tensor.theirs.format(number))
-                    found[row] = _piece(files, full, tensor, part, sizes, bounds[1:], config)
-            else:
-                full = _named(files, family, tensor.theirs)
-                rows = files.infos[full].shape[0]
-                within = (slice(bounds[0].start, max(bounds[0].start, min(bounds[0].stop, rows))), *bounds[1:])
-                if within[0].stop > within[0].start:
-                    found[: within[0].stop - within[0].start] = _piece(files, full, tensor, part, sizes, within, config)
+                    _copy(theirs(number)[bounds[1:]], found[row], pool)
+            else:  # the vocabulary's padding has no rows there
+                there = theirs(0)[bounds]
+                _copy(there, found[: len(there)], pool)
+                found[len(there) :] = 0.0
             return found
 
         where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.make_array_from_callback(leaf.shape, where, piece)
 
-    return jax.tree_util.tree_map_with_path(read, shapes)
+    with ThreadPoolExecutor() as pool:
+        return jax.tree_util.tree_map_with_path(read, shapes)
+
+
+PANEL_BYTES = 2**20
+"""What a thread copies at a time: transposing larger pieces would leave the processor's caches."""
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array that begins where a CPU's device can take it over as it is."""
+    size = 4 * math.prod(shape)
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def _copy(source: np.ndarray, target: np.ndarray, pool: ThreadPoolExecutor) -> None:
+    """Copy into float32, by all cores: along the dimension that lies apart in the source."""
+    if source.ndim < 2 or source.nbytes <= PANEL_BYTES:
+        target[...] = in_float32(source)
+        return
+    if source.strides[0] < source.strides[1]:
+        source, target = source.T, target.T
+    rows = max(1, PANEL_BYTES * len(source) // source.nbytes)
+
+    def copy(start: int) -> None:
+        target[start : start + rows] = in_float32(source[start : start + rows])
+
+    list(pool.map(copy, range(0, len(source), rows)))
 
 
 def _path(path: tuple) -> str:
@@ -116,10 +152,6 @@ def _tensors_of(family: Family, shapes: Params) -> list[Tensor]:
     covered = {path for tensor in tensors for path in tensor.ours}
     assert covered == set(there), f"{family.model_type} has no names for {sorted(set(there) - covered)}"
     return tensors
-
-
-def _outputs(shapes: Params, path: str) -> int:
-    return _leaves(shapes)[path].shape[-1]
 
 
 def _named(files: TensorFiles, family: Family, name: str) -> str:
@@ -178,28 +210,6 @@ def _each(tensors: list[Tensor], config: ModelConfig) -> Iterator[tuple[Tensor, 
     for number in range(config.num_layers):
         yield from ((tensor, number) for tensor in blocks)
     yield from ((tensor, 0) for tensor in others[place:])
-
-
-def _piece(
-    files: TensorFiles,
-    name: str,
-    tensor: Tensor,
-    part: int,
-    sizes: list[int],
-    bounds: tuple[slice, ...],
-    config: ModelConfig,
-) -> np.ndarray:
-    """What lies within `bounds` of one of our parameters, without its layers' dimension."""
-    *inputs, outputs = bounds
-    if tensor.by_head:
-        whole = files.read(name)
-        whole = whole.T if tensor.transposed else whole
-        heads = whole.reshape(*whole.shape[:-1], config.num_heads, len(sizes), -1)[..., part, :]
-        return heads.reshape(*whole.shape[:-1], -1)[bounds]
-    start = sum(sizes[:part])
-    outputs = slice(start + outputs.start, start + outputs.stop)
-    index = (*inputs, outputs)
-    return files.read(name, index[::-1]).T if tensor.transposed else files.read(name, index)
 
 
 def write_model(

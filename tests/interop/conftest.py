@@ -1,4 +1,4 @@
-"""Parity with other programs is skipped where these are not installed, but for the gate, which must not pass without."""
+"""Parity with other programs is skipped where they are not installed; the gate must not pass without them."""
 
 import importlib
 import os
