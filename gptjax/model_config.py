@@ -14,7 +14,9 @@ class ModelConfig:
     """The shape of the Transformer, and how it is computed."""
 
     init_from: str = ""
-    """Run whose parameters, shape and tokenizer are the start. Empty: parameters are drawn."""
+    """Run or Hugging Face directory whose parameters, shape and tokenizer are the start. Empty: they are drawn."""
+    init_embeddings: str = ""
+    """Word vectors (word2vec or GloVe) with which tokens begin whose text they have. Empty: all are drawn."""
     num_layers: int = 12
     """Transformer blocks."""
     model_dim: int = 768
@@ -133,6 +135,10 @@ class ModelConfig:
         require_range("model.", self, 1e-6, math.inf, "query_scale_dim", "rope_low_frequency")
         require_range("model.", self, 0, 1, "rope_fraction")
         require_range("model.", self, 0, 0.99, "embedding_dropout", "attention_dropout", "residual_dropout")
+        require(
+            not (self.init_from and self.init_embeddings),
+            f"model.init_from {self.init_from} has embeddings; leave model.init_embeddings out",
+        )
         if self.head_dim is None:
             divisors = [n for n in range(1, self.model_dim + 1) if self.model_dim % n == 0]
             nearest = min(divisors, key=lambda n: (abs(n - self.num_heads), n))

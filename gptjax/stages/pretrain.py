@@ -64,7 +64,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
     held_out = _rows(prepared.tokens("validation"), "validation split", config)
     _check_prompt(config, data.tokenizer)
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer, multipliers(config.model))
-    weights = weights_of(config, model, log)
+    weights = weights_of(config, model, log, data.tokenizer)
     separator = callbacks.separator(config, data.tokenizer)
 
     def write(state: TrainState) -> str:

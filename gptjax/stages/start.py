@@ -4,10 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.configs import is_huggingface
 from gptjax.interop.huggingface import read_config
+from gptjax.interop.word_vectors import embed_words
 from gptjax.model.gpt import GPT, VALUE_HEAD, Params
 from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer
@@ -16,7 +20,7 @@ from gptjax.training.run_dir import CONFIG_FILE, TOKENIZER_FILE, load_run_config
 from gptjax.training.state import draw_params
 
 OWN = (
-    *("init_from", "value_head", "embedding_dropout", "attention_dropout", "residual_dropout"),
+    *("init_from", "init_embeddings", "value_head", "embedding_dropout", "attention_dropout", "residual_dropout"),
     *("scan_layers", "remat", "attention_kernel", "compute_dtype", "fp8"),
 )
 """Fields of the model that a run decides for itself; the others are its shape."""
@@ -85,3 +89,14 @@ def start_params(config: Config, model: GPT, log: Callable[[str], None]) -> Para
         params = {name: leaf for name, leaf in params.items() if name not in VALUE_HEAD}
     log(f"parameters of {source.directory}, step {source.step}")
     return params
+
+
+def with_word_vectors(path: str, tokenizer: Tokenizer, params: Params, log: Callable[[str], None]) -> Params:
+    """Drawn parameters, whose token embedding begins as the word vectors of a file, in the same shards.
+
+    Raises:
+        UserError: as `embed_words`.
+    """
+    drawn = params["embedding"]
+    made = embed_words(Path(path), tokenizer, np.asarray(jax.device_get(drawn)), log)
+    return params | {"embedding": jax.device_put(made, drawn.sharding)}

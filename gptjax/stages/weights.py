@@ -12,6 +12,7 @@ from gptjax.errors import UserError
 from gptjax.model import lora
 from gptjax.model.gpt import GPT, VALUE_HEAD, Params
 from gptjax.stages import start
+from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.losses import Loss
 from gptjax.training.state import TrainState, abstract, draw_params, draw_trained, state_of
 
@@ -45,8 +46,11 @@ class Weights(NamedTuple):
         return abstract(lambda key: state_of(self.draw(key), optimizer))
 
 
-def weights_of(config: Config, model: GPT, log: Callable[[str], None]) -> Weights:
+def weights_of(config: Config, model: GPT, log: Callable[[str], None], tokenizer: Tokenizer | None = None) -> Weights:
     """What is trained of a model that begins as `model.init_from` says, under the current mesh.
+
+    Args:
+        tokenizer: for `model.init_embeddings`; None: of stages that do not begin with drawn parameters.
 
     Raises:
         UserError: adapters of a model that is drawn.
@@ -57,7 +61,12 @@ def weights_of(config: Config, model: GPT, log: Callable[[str], None]) -> Weight
         def new() -> Params:
             if config.model.init_from:
                 return start.start_params(config, model, log)
-            return draw_params(model, config.training.seed)
+            params = draw_params(model, config.training.seed)
+            if not config.model.init_embeddings:
+                return params
+            if tokenizer is None:
+                raise UserError(f"model.init_embeddings is of pretraining, and this is stage {config.stage}")
+            return start.with_word_vectors(config.model.init_embeddings, tokenizer, params, log)
 
         return Weights(None, new, draw, lambda params, _: params, lambda params: params)
     if not config.model.init_from:
