@@ -217,9 +217,7 @@ def main(arguments: list[str]) -> int:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     rows = []
-    print(
-        "| model | family | float32 | bfloat16 | gradient | greedy | keys | bits |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| model | family | float32 | bfloat16 | theirs | gradient | greedy | keys | bits |\n|" + "---|" * 9)
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "ours").mkdir()

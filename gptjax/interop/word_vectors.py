@@ -44,7 +44,7 @@ def read_vectors(path: Path, wanted: Collection[str]) -> Vectors:
                 )
             start = file.tell() if counted else 0
             file.seek(start)
-            binary = counted and not _is_text(file.readline(), width)
+            binary = counted and not _is_text(file.readline(2**20), width)
             file.seek(start)
             found = _binary(file, int(first[0]), width) if binary else _lines(file, path, width)
             words, rows, number = [], [], 0
