@@ -142,6 +142,8 @@ def _run(
         )
         with ledger("evaluation"):
             resume.make_up_evaluation(config, directory, state, progress, calls)
+            if progress.step == 0 and config.model.init_from and config.training.sample_every_steps:
+                calls.sample(state, progress)  # what it says before it learns
         train_step = _compile_step(config, stage)
         profiler = _profiler(config, directory, console)
         # What was changed by hand deserves as many tries as a new run.

@@ -174,7 +174,10 @@ def test_a_run_goes_on_without_what_it_started_from(stage_config, talker, tmp_pa
 
 
 def test_a_tuned_run_is_tuned_further_with_its_own_shape(stage_config, talker, tmp_path):
-    source, _ = load_run(talker), train(stage_config("sft", tmp_path / "more", model={"init_from": str(talker)}))
+    shown = {"training": {"sample_every_steps": 4}, "model": {"init_from": str(talker)}}
+    source, _ = load_run(talker), train(stage_config("sft", tmp_path / "more", **shown))
+    samples = (tmp_path / "more" / "samples.md").read_text()
+    assert [line for line in samples.splitlines() if line.startswith("##")] == ["## step 0", "## step 4"]
     more = load_run(tmp_path / "more")
     assert more.config.model.num_layers == 2
     assert more.tokenizer.fingerprint == source.tokenizer.fingerprint
