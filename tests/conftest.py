@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS]
 
 import jax
 import pytest
+from filelock import FileLock
 
 from gptjax import cli
 from gptjax.config import MeshConfig, ModelConfig
@@ -136,6 +138,27 @@ config = Config(
     checkpoint=CheckpointConfig(every_steps=4),
 )
 """
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Fills a folder once for all of pytest-xdist's workers: the first to come does, others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def fill_once(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                try:
+                    fill(folder)
+                except BaseException:
+                    shutil.rmtree(folder)
+                    raise
+        return folder
+
+    return fill_once
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,12 @@ from gptjax.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")
-def lessons(tmp_path_factory):
+def lessons(once):
     """A folder with `talk.jsonl` (prompts and completions), `ranked.jsonl`, `text.txt` and a `tokenizer.json`."""
-    folder = tmp_path_factory.mktemp("lessons")
+    return once("lessons", _write_lessons)
+
+
+def _write_lessons(folder):
     draw = random.Random(0)
     numbers = sorted({"".join(draw.choices("0123456789", k=3)) for _ in range(160)})
     talk = [{"prompt": n, "completion": "".join(sorted(n))} for n in numbers]
@@ -33,7 +36,6 @@ def lessons(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     (folder / "text.txt").write_text("user 0123456789\nassistant 9876543210\n" * 400)
     train_tokenizer(["0123456789\nuser assistant system"], TokenizerConfig(kind="char")).save(folder / "tokenizer.json")
-    return folder
 
 
 def _config(folder, stage, run, file="talk.jsonl", **sections):
@@ -66,26 +68,26 @@ def stage_config(lessons):
 
 
 @pytest.fixture(scope="session")
-def talker(lessons, stage_config):
+def talker(once, lessons, stage_config):
     """The folder of a run of `sft`, from drawn parameters."""
     model = ModelConfig(
         num_layers=2, model_dim=32, num_heads=4, context_length=48, norm="rmsnorm", positions="rope", bias=False
     )
-    config = stage_config(
-        "sft",
-        lessons / "talker",
-        training={"steps": None, "epochs": 8, "eval_every_steps": 4},
-        tokenizer={"path": str(lessons / "tokenizer.json")},
-    )
-    train(dataclasses.replace(config, model=model))
-    return lessons / "talker"
+
+    def fill(folder):
+        config = stage_config(
+            "sft",
+            folder,
+            training={"steps": None, "epochs": 8, "eval_every_steps": 4},
+            tokenizer={"path": str(lessons / "tokenizer.json")},
+        )
+        train(dataclasses.replace(config, model=model))
+
+    return once("talker", fill)
 
 
 @pytest.fixture(scope="session")
-def judge(lessons, talker, stage_config):
+def judge(once, talker, stage_config):
     """The folder of a reward model."""
-    config = stage_config(
-        "reward", lessons / "judge", "ranked.jsonl", model={"init_from": str(talker)}, training={"steps": 12}
-    )
-    train(config)
-    return lessons / "judge"
+    sections = {"model": {"init_from": str(talker)}, "training": {"steps": 12}}
+    return once("judge", lambda folder: train(stage_config("reward", folder, "ranked.jsonl", **sections)))

@@ -60,10 +60,9 @@ def ppo(config, lessons, judge):
 
 
 @pytest.fixture(scope="session")
-def through(ppo, lessons):
+def through(once, ppo):
     """The folder of a run that was not stopped, two iterations of four steps long."""
-    train(ppo(lessons / "through", steps=8))
-    return lessons / "through"
+    return once("through", lambda folder: train(ppo(folder, steps=8)))
 
 
 def test_a_stopped_ppo_run_goes_on_to_the_same_bits(ppo, through, tmp_path):

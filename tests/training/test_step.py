@@ -212,9 +212,8 @@ def losses_on(mesh, config, start, num_micro=1, separator=None, length=8):
 
 
 def test_every_mesh_trains_alike(switched_on):
-    """For every set of axes that can split eight devices, 20 steps of a model with most switches on, dropout included,
-    have the losses of one device within 1e-5. A context of eight has 16 pieces, so it is the next test's. (Which axis
-    of two has four devices and which has two, one of either stands for.)"""
+    """For every axis alone and every three together, 20 steps of a model with most switches on, dropout included, have
+    the losses of one device within 1e-5. A context of eight has 16 pieces, so it is the next test's."""
     # Compiling takes the time: scan and remat are the next test's, and one kind of dropout stands for three.
     cheaper = {"scan_layers": False, "remat": "none", "embedding_dropout": 0.0, "attention_dropout": 0.0}
     config = dataclasses.replace(switched_on, num_layers=1, attention_pattern=("local",), context_length=8, **cheaper)
@@ -224,7 +223,7 @@ def test_every_mesh_trains_alike(switched_on):
     assert expected[-1] < expected[0] - 0.5
     meshes = {frozenset(n for n, size in axes.items() if size > 1): axes for axes in MESHES if axes["context"] < 8}
     assert len(meshes) == 3 + 6 + 4
-    for axes in meshes.values():
+    for axes in (axes for names, axes in meshes.items() if len(names) != 2):  # two are in some three
         found = losses_on(make_mesh(MeshConfig(**axes)), config, start)
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0, err_msg=str(axes))
 
