@@ -255,7 +255,8 @@ def main(arguments: Sequence[str]) -> int:
     context = config.model.context_length
     options.prompt_tokens = options.prompt_tokens or max(1, context // 4)
     options.new_tokens = options.new_tokens or max(1, context // 2)
-    platform.configure(profiled=options.profile is not None)
+    if not options.against:  # arms set their own flags
+        platform.configure(profiled=options.profile is not None)
     config = measure.resolved(config, options.vocab_size)
     return side_by_side(options, config, words) if options.against else alone(options, config)
 

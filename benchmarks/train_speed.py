@@ -215,9 +215,9 @@ def main(arguments: Sequence[str]) -> int:
         os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
     compares = bool(options.against or options.variant)
     options.blocks = options.blocks or (1 if compares else 5)
-    platform.configure(profiled=options.profile is not None)
-    if compares:
+    if compares:  # arms set their own flags: another checkout of gptjax may have others
         return side_by_side(options, config, words)
+    platform.configure(profiled=options.profile is not None)
     return alone(options, measure.resolved(config, options.vocab_size))
 
 
