@@ -54,7 +54,7 @@ def tuning(start: Path, data: list[str], epochs: float, run: Path) -> Config:
     return dataclasses.replace(
         config,
         model=ModelConfig(init_from=str(start), residual_dropout=0.1),
-        data=dataclasses.replace(config.data, path=tuple(data), on_long="skip"),
+        data=dataclasses.replace(config.data, path=tuple(data), on_long="skip", on_error="skip"),
         training=dataclasses.replace(config.training, epochs=epochs, batch_size=16, eval_every_steps=25),
         run_dir=str(run),
     )

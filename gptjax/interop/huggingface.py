@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.configs import family_of, from_theirs, read_json, to_theirs
 from gptjax.interop.families import Family, Tensor
-from gptjax.interop.tensor_files import TensorFiles, in_float32, write_tensors
+from gptjax.interop.tensor_files import TensorFiles, copy_numbers, write_tensors
 from gptjax.model.gpt import GPT, Params
 from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer
@@ -110,7 +110,7 @@ def read_params(directory: Path, config: ModelConfig) -> Params:
         return jax.tree_util.tree_map_with_path(read, shapes)
 
 
-PANEL_BYTES = 2**20
+PANEL_NUMBERS = 2**16
 """What a thread copies at a time: transposing larger pieces would leave the processor's caches."""
 
 
@@ -124,15 +124,15 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
 
 def _copy(source: np.ndarray, target: np.ndarray, pool: ThreadPoolExecutor) -> None:
     """Copy into float32, by all cores: along the dimension that lies apart in the source."""
-    if source.ndim < 2 or source.nbytes <= PANEL_BYTES:
-        target[...] = in_float32(source)
+    if source.ndim < 2 or source.size <= PANEL_NUMBERS:
+        copy_numbers(source, target)
         return
     if source.strides[0] < source.strides[1]:
         source, target = source.T, target.T
-    rows = max(1, PANEL_BYTES * len(source) // source.nbytes)
+    rows = max(1, PANEL_NUMBERS * len(source) // source.size)
 
     def copy(start: int) -> None:
-        target[start : start + rows] = in_float32(source[start : start + rows])
+        copy_numbers(source[start : start + rows], target[start : start + rows])
 
     list(pool.map(copy, range(0, len(source), rows)))
 

@@ -66,11 +66,14 @@ class TensorFiles:
         return np.ndarray(info.shape, FLOATS[info.dtype], self._bytes[info.file], info.offset)
 
 
-def in_float32(x: np.ndarray) -> np.ndarray:
-    """The same numbers; of bfloat16 faster than by its own type, which holds the interpreter."""
-    if x.dtype == ml_dtypes.bfloat16:
-        return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return x.astype(np.float32, copy=False)
+def copy_numbers(source: np.ndarray, target: np.ndarray) -> None:
+    """Into float32, whose upper half bfloat16 is; that type's own conversion is slower."""
+    if source.dtype == ml_dtypes.bfloat16:
+        whole = target.view(np.uint32)
+        whole[...] = source.view(np.uint16)
+        whole <<= 16
+    else:
+        target[...] = source
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
