@@ -2,6 +2,7 @@
 
     python benchmarks/parity.py                    # needs torch and transformers: pip install -e '.[parity]'
     python benchmarks/parity.py --only llama gemma2 --json parity.json
+    python benchmarks/parity.py --run runs/mine --text book.txt    # the exported run's perplexity of a text
 
 `float32` and `bfloat16`: the largest difference of a logit, over the largest logit. `theirs`: that of transformers in
 bfloat16 from itself in float32, for what the type alone costs. `gradient`: the largest difference of a gradient of the
@@ -24,9 +25,12 @@ import torch
 import transformers
 
 from gptjax.interop import huggingface
+from gptjax.interop.transfer import export_run
 from gptjax.model.gpt import GPT
+from gptjax.parallel.mesh import one_device_mesh
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.rows import generate_tokens
+from gptjax.training.load import load_run
 from gptjax.training.losses import language_model_loss
 
 VOCAB_SIZE = 83
@@ -209,13 +213,41 @@ def _same_tokens(theirs: Any, config: Any, params: Any) -> int:
     return min(same)
 
 
+def perplexities(directory: Path, text: Path, folder: Path) -> tuple[float, float, int]:
+    """Ours and theirs of a run, over rows of a text that fill its context, and how many tokens these have."""
+    with jax.set_mesh(one_device_mesh()):
+        run = load_run(directory)
+        export_run(run, folder / "hf")
+        T = run.config.model.context_length
+        ids = np.array(run.tokenizer.encode(text.read_text(encoding="utf-8")), np.int32)
+        rows_BT = ids[: (len(ids) - 1) // T * T + 1]
+        rows_BT = np.stack([rows_BT[i : i + T + 1] for i in range(0, len(rows_BT) - 1, T)])
+        loss = jax.jit(lambda p, tokens: language_model_loss(run.model)(p, {"tokens": tokens}, None)[0])
+        ours = sum(float(loss(run.params, rows_BT[i : i + 1])) for i in range(len(rows_BT)))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32).eval()
+    theirs = 0.0
+    with torch.no_grad():
+        for row in torch.tensor(rows_BT, dtype=torch.long):
+            logits = model(row[None, :-1]).logits[0]
+            theirs += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
+    count = rows_BT.shape[0] * T
+    return float(np.exp(ours / count)), float(np.exp(theirs / count)), count
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*MADE], default=[*MADE], metavar="MODEL")
     parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--run", type=Path, help="a run to export; with --text")
+    parser.add_argument("--text", type=Path, help="a text whose perplexity is compared")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if options.run is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs, count = perplexities(options.run, options.text, Path(folder))
+        print(f"perplexity of {count:,} tokens: {ours:.6g} here, {theirs:.6g} in transformers")
+        return 0
     rows = []
     print("| model | family | float32 | bfloat16 | theirs | gradient | greedy | keys | bits |\n|" + "---|" * 9)
     for name in options.only:

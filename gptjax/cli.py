@@ -194,6 +194,12 @@ def parse_sample(arguments: Sequence[str]) -> tuple[Path, SampleArguments]:
     return Path(run), parsed
 
 
+def split_named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first option, and the rest."""
+    first = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return [*arguments[:first]], [*arguments[first:]]
+
+
 def check_output(option: str, path: str | None) -> None:
     """Check before the work that what it finds can be written; None and `-`, standard output, always can.
 

@@ -23,9 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     """Write a run as a Hugging Face directory, for transformers, vLLM or llama.cpp."""
     import tyro
 
-    arguments, named = list(arguments), []
-    while arguments and not arguments[0].startswith("-"):
-        named.append(arguments.pop(0))
+    named, arguments = cli.split_named(arguments)
     prog = "python -m gptjax export RUN HF_DIR"
     parsed = tyro.cli(ExportArguments, args=arguments, prog=prog, description=main.__doc__)
     if len(named) != 2:

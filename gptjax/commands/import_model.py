@@ -17,9 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """Make a run of a Hugging Face directory, to sample, evaluate, tune and train it like any other."""
     import tyro
 
-    arguments, named = list(arguments), []
-    while arguments and not arguments[0].startswith("-"):
-        named.append(arguments.pop(0))
+    named, arguments = cli.split_named(arguments)
     prog = "python -m gptjax import HF_DIR RUN"
     tyro.cli(ImportArguments, args=arguments, prog=prog, description=main.__doc__)
     if len(named) != 2:
