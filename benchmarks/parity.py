@@ -88,6 +88,10 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", NO_HEAD_DIM | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", SHAPE),
     "qwen3, some local": ("Qwen3", SHAPE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "apertus, squared ReLU": (
+        "Apertus",
+        SHAPE | {"hidden_act": "relu2", "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+    ),
     "gpt_neox": ("GPTNeoX", NEOX),
     "gpt_neox, serial": (
         "GPTNeoX",

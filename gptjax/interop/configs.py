@@ -126,6 +126,11 @@ def _read(field: Field, values: Mapping[str, Any]) -> Any:
 def _read_rope(family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
     """From `rope_parameters` of transformers 5, or the fields that older ones have."""
     given, scaling = values.get("rope_parameters") or {}, dict(values.get("rope_scaling") or {})
+    require(
+        not family.rope_needed or bool(given or scaling),
+        f"config.json lacks rope_parameters, which {family.model_type} models need: without them they are scaled in a "
+        "way of their own",
+    )
     if "type" in scaling:
         scaling.setdefault("rope_type", scaling.pop("type"))
     if given and "full_attention" not in given:

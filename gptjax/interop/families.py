@@ -47,6 +47,8 @@ class Family(NamedTuple):
     """Fields of theirs with the values that are known here, the first of which is what leaving it out means."""
     rope: bool = True
     """Whether it has the fields of rotary positions."""
+    rope_needed: bool = False
+    """Whether leaving them out means something else than plain ones."""
     rope_base: float = 10_000.0
     """What leaving out the base means; and the two that follow."""
     rope_fraction: float = 1.0
@@ -136,6 +138,9 @@ def llama_tensors(norms: Mapping[str, str]) -> tuple[Tensor, ...]:
 LLAMA_TENSORS = llama_tensors(
     {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"},
 )
+APERTUS_TENSORS = llama_tensors(
+    {"attention_layernorm": "attention_norm", "feedforward_layernorm": "feed_forward_norm"},
+)
 GEMMA_TENSORS = llama_tensors(
     {
         "input_layernorm": "attention_norm",
@@ -153,6 +158,7 @@ def llama_fields(
     activation: tuple[str, Mapping[str, str]],
     head_dim: int | None = None,
     kv_heads: int | None = None,
+    default_activation: str = "",
 ) -> tuple[Field, ...]:
     """Llama's fields, with the defaults in which families differ."""
     return (
@@ -168,11 +174,12 @@ def llama_fields(
         Field("initializer_range", "initializer_std", 0.02),
         Field("tie_word_embeddings", "tie_embeddings", tied),
         Field("attention_dropout", "attention_dropout", 0.0),
-        Field(activation[0], "feed_forward", next(iter(activation[1])), activation[1]),
+        Field(activation[0], "feed_forward", default_activation or next(iter(activation[1])), activation[1]),
     )
 
 
 SILU = ("hidden_act", {"silu": "swiglu"})
+UNGATED = ("hidden_act", {"relu2": "relu2", "relu": "relu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"})
 GEGLU = ("hidden_activation", {"gelu_pytorch_tanh": "geglu"})
 MODERN = {"norm": "rmsnorm", "positions": "rope", "bias": False}
 GEMMA = {
@@ -259,6 +266,15 @@ FAMILIES = {
             {**MODERN, "qkv_bias": False, "qk_norm": True},
             {"attention_bias": (False,)},
             windows="layers",
+        ),
+        Family(
+            "apertus",
+            "ApertusForCausalLM",
+            APERTUS_TENSORS,
+            llama_fields(context_length=65536, tied=False, activation=UNGATED, default_activation="xielu"),
+            {**MODERN, "qkv_bias": False, "qk_norm": True},
+            {"attention_bias": (False,)},
+            rope_needed=True,
         ),
         Family(
             "gpt_neox",

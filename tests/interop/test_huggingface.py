@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax.config import ModelConfig, TokenizerConfig
+from gptjax.config_files import load_config
 from gptjax.errors import UserError
 from gptjax.interop import huggingface, tensor_files
 from gptjax.interop.configs import from_theirs, to_theirs
@@ -21,6 +22,7 @@ from gptjax.text.tokenizer import train_tokenizer
 from gptjax.training.load import load_run
 from gptjax.training.state import init_params
 
+ROOT = Path(__file__).parents[2]
 SHAPE = {"num_layers": 3, "model_dim": 24, "num_heads": 4, "context_length": 32, "ffn_dim": 40, "vocab_size": 301}
 MODERN = {**SHAPE, "norm": "rmsnorm", "positions": "rope", "feed_forward": "swiglu", "bias": False, "head_dim": 8}
 GEMMA = {
@@ -41,6 +43,7 @@ MODELS = {
     "mistral": {**MODERN, "attention_pattern": ("local",), "attention_window": 5},
     "qwen2": {**MODERN, "qkv_bias": True, "head_dim": None},
     "qwen3": {**MODERN, "qk_norm": True},
+    "apertus": {**MODERN, "feed_forward": "relu2", "qk_norm": True, "num_kv_heads": 2},
     "gpt_neox": {
         **SHAPE,
         "positions": "rope",
@@ -99,7 +102,7 @@ def rows_of(params):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"feed_forward": "relu2"}, "feed_forward swiglu"),
+        ({"feed_forward": "geglu"}, "feed_forward swiglu"),
         ({"value_head": True}, "value_head False instead of True"),
         ({"parametrization": "mup"}, "parametrization standard instead of mup"),
         ({"attention_pattern": ("dense", "local"), "qk_norm": False}, "banded layers"),
@@ -160,6 +163,20 @@ def test_what_would_be_computed_otherwise_is_refused(fields, said):
     with pytest.raises(UserError) as error:
         from_theirs({name: value for name, value in (theirs | fields).items() if value is not None})
     assert said in str(error.value)
+
+
+def test_apertus_has_an_activation_of_its_own():
+    """What its published models have, and what leaving fields out means, is refused; the quickstart is one of it."""
+    config = load_config(ROOT / "configs" / "quickstart.py").model
+    family, theirs = to_theirs(dataclasses.replace(config, vocab_size=300))
+    assert family.model_type == "apertus"
+    assert theirs["hidden_act"] == "relu2"
+    for name, said in (
+        ("hidden_act", '"xielu", which gptjax cannot compute'),
+        ("rope_parameters", "lacks rope_parameters"),
+    ):
+        with pytest.raises(UserError, match=said):
+            from_theirs({key: value for key, value in theirs.items() if key != name})
 
 
 def test_harmless_fields_are_not():
