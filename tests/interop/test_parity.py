@@ -32,7 +32,11 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.mark.parametrize("name", [*parity.MADE])
+# Whose switches others have, too; `benchmarks/parity.py` has them all.
+LEFT_OUT = ("gpt2, untied head", "qwen3, some local", "gpt_neox, serial")
+
+
+@pytest.mark.parametrize("name", [name for name in parity.MADE if name not in LEFT_OUT])
 def test_a_family(name, tmp_path):
     """Logits, gradients, greedy text of padded rows, and weights bit for bit after import and export."""
     (tmp_path / "ours").mkdir()
