@@ -24,7 +24,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.interop.configs import to_theirs
-from gptjax.interop.huggingface import TYPES, _each, _tensors_of, _their_shape
+from gptjax.interop.huggingface import TYPES, tensor_shapes
 from gptjax.interop.tensor_files import write_tensors
 from gptjax.model.gpt import GPT
 from gptjax.training.state import abstract_params
@@ -85,11 +85,7 @@ def write(folder: Path, gigabytes: float, dtype: str) -> dict[str, int]:
     )
     family, theirs = to_theirs(config)
     (folder / "config.json").write_text(json.dumps(theirs), encoding="utf-8")
-    shapes = abstract_params(GPT(config))
-    named = {
-        tensor.theirs.format(number): _their_shape(tensor, shapes, config)
-        for tensor, number in _each(_tensors_of(family, shapes), config)
-    }
+    named = tensor_shapes(family, config, abstract_params(GPT(config)))
     sizes = {name: width * int(np.prod(shape)) for name, shape in named.items()}
     draw = np.random.default_rng(0)
 

@@ -18,7 +18,7 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.configs import family_of, from_theirs, read_json, to_theirs
 from gptjax.interop.families import Family, Tensor
-from gptjax.interop.tensor_files import TensorFiles, copy_numbers, write_tensors
+from gptjax.interop.tensor_files import SHARD_BYTES, TensorFiles, copy_numbers, write_tensors
 from gptjax.model.gpt import GPT, Params
 from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer
@@ -53,8 +53,9 @@ def read_tokenizer(directory: Path, config: ModelConfig, log: Callable[[str], No
         )
     if tokenizer.vocab_size < config.vocab_size:
         log(f"{config.vocab_size - tokenizer.vocab_size} rows of the model stand for no token, as is usual")
+    values = read_json(directory)
     for name in TOKEN_IDS:
-        for number in _numbers(read_json(directory).get(name)):
+        for number in _numbers(values.get(name)):
             if number >= config.vocab_size:
                 log(f"{name} {number} of config.json is outside the vocabulary and is not used")
     return tokenizer.with_vocab_size(config.vocab_size)
@@ -74,7 +75,7 @@ def read_params(directory: Path, config: ModelConfig) -> Params:
     family = family_of(read_json(directory))
     shapes = abstract_params(GPT(config))
     tensors = _tensors_of(family, shapes)
-    _require_equal(files, family, tensors, shapes, config)
+    _require_equal(files, family, shapes, config)
     source = {path: (tensor, part) for tensor in tensors for part, path in enumerate(tensor.ours)}
 
     def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -160,6 +161,18 @@ def _named(files: TensorFiles, family: Family, name: str) -> str:
     return short if family.prefix and name not in files.infos and short in files.infos else name
 
 
+def tensor_shapes(family: Family, config: ModelConfig, params: Params) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model as its family writes them, by name, in their order.
+
+    Args:
+        params: the model's, or their shapes.
+    """
+    return {
+        tensor.theirs.format(number): _their_shape(tensor, params, config)
+        for tensor, number in _each(_tensors_of(family, params), config)
+    }
+
+
 def _their_shape(tensor: Tensor, shapes: Params, config: ModelConfig) -> tuple[int, ...]:
     leaves = [_leaves(shapes)[path] for path in tensor.ours]
     own = [
@@ -172,12 +185,9 @@ def _their_shape(tensor: Tensor, shapes: Params, config: ModelConfig) -> tuple[i
     return whole[::-1] if tensor.transposed else whole
 
 
-def _require_equal(
-    files: TensorFiles, family: Family, tensors: list[Tensor], shapes: Params, config: ModelConfig
-) -> None:
-    wanted = {}
-    for tensor, number in _each(tensors, config):
-        wanted[_named(files, family, tensor.theirs.format(number))] = _their_shape(tensor, shapes, config)
+def _require_equal(files: TensorFiles, family: Family, shapes: Params, config: ModelConfig) -> None:
+    theirs = tensor_shapes(family, config, shapes)
+    wanted = {_named(files, family, name): shape for name, shape in theirs.items()}
     missing = sorted(set(wanted) - set(files.infos))
     if missing:
         raise UserError(f"{files.directory} lacks the tensor {missing[0]}{_more(missing)}")
@@ -219,7 +229,7 @@ def write_model(
     *,
     dtype: str = "float32",
     end_of_text_id: int | None = None,
-    shard_bytes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Family:
     """Write `config.json`, `generation_config.json` and the weights, as transformers does.
 
@@ -235,14 +245,13 @@ def write_model(
     (directory / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     named = {tensor.theirs.format(number): (tensor, number) for tensor, number in _each(tensors, config)}
     width = np.dtype(TYPES[dtype]).itemsize
-    sizes = {name: width * int(np.prod(_their_shape(tensor, params, config))) for name, (tensor, _) in named.items()}
+    sizes = {name: width * math.prod(shape) for name, shape in tensor_shapes(family, config, params).items()}
 
     def read(name: str) -> np.ndarray:
         tensor, number = named[name]
         return _theirs(tensor, number, leaves, config).astype(TYPES[dtype])
 
-    more = {} if shard_bytes is None else {"shard_bytes": shard_bytes}
-    write_tensors(directory, [*named], read, sizes, **more)
+    write_tensors(directory, [*named], read, sizes, shard_bytes)
     return family
 
 
