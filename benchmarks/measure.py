@@ -7,6 +7,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import platform
 import re
 import statistics
 import sys
@@ -93,7 +94,17 @@ def _value(text: str) -> Any:
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     device = jax.devices()[0]
-    return {"device": device.device_kind, "device_count": jax.device_count(), "jax": jax.__version__}
+    return host() | {"device": device.device_kind, "device_count": jax.device_count(), "jax": jax.__version__}
+
+
+def host() -> dict[str, Any]:
+    """The processor, by its maker's name; no device is asked."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"processor": next(names, platform.processor())}
 
 
 def peak_memory_bytes(program: Any) -> int | None:

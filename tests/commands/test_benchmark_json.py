@@ -5,11 +5,13 @@ import itertools
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -56,6 +58,45 @@ def test_shakespeare(outcome, monkeypatch):
     monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=train, DEVNULL=None))
     found = outcome(module, "text.txt", "--seeds", "3", "1", "2")
     assert found == {"median": 3.5, "losses": {"3": 4.5, "1": 2.5, "2": 3.5}}
+
+
+def test_speedrun(tmp_path, monkeypatch, capsys):
+    """Arms take turns; ours begins each with nothing compiled; nanoGPT's text is split and numbered as it does it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module, calls = load("speedrun"), []
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "nanogpt" / "data" / "shakespeare_char").mkdir(parents=True)
+    (tmp_path / "nanogpt" / "model.py").touch()
+
+    def process(command, *, cwd=None, env=None, **_):
+        calls.append([*map(str, command)])
+        if "--run-dir" in command:
+            assert not Path(env["JAX_COMPILATION_CACHE_DIR"]).exists()
+            run = Path(command[command.index("--run-dir") + 1])
+            run.mkdir(parents=True)
+            seed = int(command[command.index("--training.seed") + 1])
+            (run / "summary.json").write_text(json.dumps({"val_loss": 1.5 + seed}), encoding="utf-8")
+        elif cwd is not None:
+            folder = cwd / "data" / "shakespeare_char"
+            tokens = np.concatenate([np.fromfile(folder / f"{part}.bin", np.uint16) for part in ("train", "val")])
+            itos = pickle.loads((folder / "meta.pkl").read_bytes())["itos"]
+            assert "".join(itos[token] for token in tokens) == TEXT
+            assert (folder / "train.bin").stat().st_size == 2 * int(0.9 * len(TEXT))
+        return SimpleNamespace(stdout="number of parameters: 0.80M\n2.5\n")
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=process, DEVNULL=None))
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=itertools.accumulate(itertools.count()).__next__))
+    options = ["--rounds", "2", "--against", f"nanogpt={tmp_path / 'nanogpt'}", "--training.steps", "7", "--json", "-"]
+    assert module.main([str(tmp_path / "text.txt"), *options]) == 0
+    ours, theirs = json.loads(capsys.readouterr().out)
+    assert ours["losses"] == [1.5, 2.5]
+    assert theirs["losses"] == [2.5, 2.5]
+    # The clock's readings are 0, 1, 3, 6, ...: what lies between a run's two is 1, 3, 5, 7.
+    assert ours["seconds_each"] == [1, 5]
+    assert theirs["seconds_each"] == [3, 7]
+    assert theirs["ratio"] == pytest.approx((1 / 3 + 5 / 7) / 2)
+    assert [command[1].endswith(("train.py", "nanogpt_loss.py")) for command in calls] == [True] * 6
+    assert calls[0][-2:] == ["--training.steps", "7"]
 
 
 def test_prepare_memory(outcome, monkeypatch):
