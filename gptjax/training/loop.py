@@ -119,6 +119,7 @@ def fit(
         num_steps = min(training.steps_per_dispatch, boundary - progress.step)
         if stream.on_policy:
             jax.block_until_ready(metrics)
+            history.settle(progress)
         with ledger("rollout" if stream.on_policy else data_kind):
             batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps, state)
         if compiled and guard.rerun_every_steps and progress.step % guard.rerun_every_steps == 0:
@@ -253,6 +254,11 @@ class _History:
             # Where the device keeps up with the host, the newest steps are done by now as well, and count.
             self._measure(progress if _is_done(metrics) else held[0])
             self._emit(*held[:2], fetched, held[3], progress)
+
+    def settle(self, progress: Progress) -> None:
+        """Where rows are drawn by the model, all steps before are done: what is drawn next counts to the next step."""
+        if self._held is not None and self._held[0] == progress:
+            self._measure(progress)
 
     def rest(self, progress: Progress, metrics: Metrics) -> bool:
         """Wait for the newest step, whose metrics these are, report what is held, and say whether the step counted."""

@@ -234,6 +234,25 @@ def test_speed_counts_each_token_and_second_once(log, evaluate, monkeypatch):
     assert {line["tokens_per_second"] for line in lines[1:]} == {8 * T}
 
 
+@pytest.mark.parametrize("evaluate", [0, 1, 3])
+@pytest.mark.parametrize("log", [1, 2])
+def test_speed_where_the_model_draws_its_rows(log, evaluate, monkeypatch):
+    """The time of drawing rows counts to the step that they are for, also around evaluations, however long the device
+    takes: it is never done with a step when the next line is due."""
+    monkeypatch.setattr("time.perf_counter", lambda: CLOCK[0])
+    monkeypatch.setattr("gptjax.training.loop._is_done", lambda metrics: False)
+    take = CountingStream.take
+
+    def draw(self, n, state):
+        self.on_policy = True
+        CLOCK[0] += 2
+        return take(self, n, state)
+
+    monkeypatch.setattr(CountingStream, "take", draw)
+    _, lines, _, _ = run(make_config(steps=8, log=log, evaluate=evaluate))
+    assert [line["tokens_per_second"] for line in lines[1:]] == [pytest.approx(8 * T / 3)] * (8 // log - 1)
+
+
 def test_waiting_for_data_shows(monkeypatch):
     """Where reading a batch takes as long as a step, and the device has nothing to do meanwhile, half is waiting."""
     monkeypatch.setattr("time.perf_counter", lambda: CLOCK[0])
