@@ -175,8 +175,11 @@ def separate_documents(tokens_BT: jax.Array, separator: int) -> dict[str, jax.Ar
     """
     starts_BT = tokens_BT == separator
     index_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=jax.typeof(tokens_BT).sharding)
+    # They are sorted as they are; but the result of a sort is written down, where XLA:CPU would repeat the sums' last
+    # step for every logit of every layer, which took 7 % of a step.
+    segment_ids_BT = jax.lax.sort(jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32), dimension=1)
     return {
-        "segment_ids": jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32),
+        "segment_ids": segment_ids_BT,
         "positions": index_BT - jax.lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1),
     }
 
