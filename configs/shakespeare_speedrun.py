@@ -1,8 +1,7 @@
 """Shakespeare on characters to a validation loss below 1.88, as fast as two CPU cores can: `--data.path FILE`.
 
-The size of nanoGPT's README setting for CPUs, with Muon, rotary positions and squared ReLU: 240 steps in place of 2,000.
-So few ask for a short memory: with a momentum of 0.95 the loss is higher by 0.04. benchmarks/speedrun.py measures loss
-and time.
+The size of nanoGPT's README setting for CPUs, with Muon, rotary positions and squared ReLU: 240 steps in place of
+2,000. So few ask for a short memory: a momentum of 0.95 ends higher. benchmarks/speedrun.py measures loss and time.
 """
 
 from gptjax.config import (
