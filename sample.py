@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from gptjax.parallel.mesh import one_device_mesh
     from gptjax.stages.chats import layout_of_run
-    from gptjax.text.chat import template_file
+    from gptjax.text.templates import template_file
     from gptjax.training.load import load_run
 
     talks = not parsed.prompt and template_file(directory) is not None and parsed.json is None

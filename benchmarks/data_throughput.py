@@ -30,7 +30,9 @@ from gptjax.data.loader import RowStream, TokenRows
 from gptjax.data.prepare import write_parts
 from gptjax.data.shards import ShardWriter, token_dtype
 from gptjax.data.splits import SPLITS
-from gptjax.text.tokenizer import Tokenizer, split_text, train_tokenizer
+from gptjax.text.splitting import split_text
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 SHAPES = {"quickstart": (8, 128), "GPT-2": (32, 1024)}  # batch, context
 

@@ -56,8 +56,7 @@ COLUMNS = {
     "compile_seconds": ".1f",
     "peak_memory_bytes": ",d",
 }
-END_OF_TEXT = -1
-"""No token: rows never end, so that every generation is a whole one."""
+NO_STOPS = ()
 
 
 class Generator:
@@ -76,7 +75,7 @@ class Generator:
         self.first = measure.spread([self.first_token_seconds() for _ in range(3)])["median"]
 
     def chunks(self, sampling: SamplingConfig):
-        return generate_tokens(self.model, self.params, self.prompts, sampling, END_OF_TEXT, decoding=self.decoding)
+        return generate_tokens(self.model, self.params, self.prompts, sampling, NO_STOPS, decoding=self.decoding)
 
     def block(self) -> float:
         """Seconds of each new token of a whole generation."""

@@ -21,7 +21,7 @@ from gptjax.config import DataConfig
 from gptjax.data.corpus import PIECE_CHARACTERS
 from gptjax.data.sources import read_documents
 from gptjax.text.files import load_tokenizer
-from gptjax.text.tokenizer import split_text
+from gptjax.text.splitting import split_text
 
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 

@@ -197,7 +197,7 @@ def torch_weights(folder: Path, model: Any) -> dict[str, Any]:
 def _same_tokens(theirs: Any, config: Any, params: Any) -> int:
     """Of the new tokens of each prompt how many are the same from the start on, the fewest."""
     sampling = SamplingConfig(max_tokens=NEW_TOKENS, temperature=0)
-    chunks = generate_tokens(config, params, PROMPTS, sampling, -1)
+    chunks = generate_tokens(config, params, PROMPTS, sampling, ())
     ours = [[token for chunk in row for token in chunk.token_ids] for row in zip(*chunks, strict=True)]
     longest = max(map(len, PROMPTS))
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])

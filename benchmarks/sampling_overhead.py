@@ -35,8 +35,7 @@ ARMS = {
     "top-k 50, top-p 0.9, penalty 1.2": {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2},
 }
 COLUMNS = {"batch_size": "d", "arm": "", "ms_per_token": ",.2f", "over_greedy": ".3f", "low": ".3f", "high": ".3f"}
-END_OF_TEXT = -1
-"""No token: rows never end, so that every draw is a whole one."""
+NO_STOPS = ()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
             def seconds(arm: str, prompts: list[list[int]] = prompts) -> float:
                 sampling = SamplingConfig(options.new_tokens, **{"temperature": 0.8} | ARMS[arm])
                 start = time.perf_counter()
-                for _ in generate_tokens(c, params, prompts, sampling, END_OF_TEXT, options.new_tokens):
+                for _ in generate_tokens(c, params, prompts, sampling, NO_STOPS, options.new_tokens):
                     pass
                 return time.perf_counter() - start
 

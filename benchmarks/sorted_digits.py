@@ -31,7 +31,7 @@ from gptjax.config import (
     TrainingConfig,
 )
 from gptjax.stages.train import train
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 from gptjax.training.metrics import Console, read_metrics
 
 DIGITS = 5

@@ -39,8 +39,7 @@ COLUMNS = {
     "tokens_per_pass": ".2f",
     "same_tokens": "",
 }
-END_OF_TEXT = -1
-"""No token: rows never end, so that every generation is a whole one."""
+NO_STOPS = ()
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
                 heard: list[Guesses] = []
                 more = (DecodingConfig(draft_tokens=arm[1]), drafts.get(arm[0]), heard.append)
                 start = time.perf_counter()
-                chunks = [*generate_tokens(config, params, [prompt] * size, sampling, END_OF_TEXT, 32, None, *more)]
+                chunks = [*generate_tokens(config, params, [prompt] * size, sampling, NO_STOPS, 32, None, *more)]
                 seconds = time.perf_counter() - start
                 tokens = [[t for chunk in row for t in chunk.token_ids] for row in zip(*chunks, strict=True)]
                 return seconds, tokens, heard[-1] if heard else None

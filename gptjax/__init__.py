@@ -24,7 +24,7 @@ _MODULE_OF = {
     "load_config": "gptjax.config_files",
     "UserError": "gptjax.errors",
     "Tokenizer": "gptjax.text.tokenizer",
-    "train_tokenizer": "gptjax.text.tokenizer",
+    "train_tokenizer": "gptjax.text.tokenizer_training",
     "Message": "gptjax.text.chat",
     "chat_format": "gptjax.text.chat",
     "load_tokenizer": "gptjax.text.files",

@@ -7,6 +7,7 @@ optional effect off; `None` means *derived from other fields*, and the field's d
 every `None`, and a saved configuration has none left.
 """
 
+import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -61,6 +62,8 @@ class DataConfig:
     """A conversation longer than the context stops the run, or is cut or left out, and counted."""
     chat_template: str = ""
     """Jinja file, as Hugging Face models have it, that lays out conversations. Empty: the first run's, else ChatML."""
+    chat_date: str | None = None
+    """Date, YYYY-MM-DD, that templates which ask for one get in training. None: that on which the run begins."""
 
     def __post_init__(self):
         if isinstance(self.path, str):  # one path is the common case in a configuration file
@@ -77,6 +80,13 @@ class DataConfig:
             0 < self.validation_fraction < 1,
             f"data.validation_fraction is {self.validation_fraction:g}, but must lie between 0 and 1",
         )
+        if self.chat_date is not None:
+            try:
+                datetime.date.fromisoformat(self.chat_date)
+            except ValueError:
+                raise UserError(
+                    f"data.chat_date is {self.chat_date!r}, but must be a date such as 2026-11-30"
+                ) from None
 
 
 @dataclass(frozen=True)

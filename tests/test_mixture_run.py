@@ -6,7 +6,7 @@ from pathlib import Path
 
 import train
 from gptjax.config import TokenizerConfig
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 from gptjax.training.metrics import read_metrics
 
 

@@ -85,7 +85,7 @@ def _train(arguments: Sequence[str]) -> int:
         raise UserError("data.weights is for training a model: a tokenizer sees the text as it is; leave it out")
 
     from gptjax.data.corpus import open_sources, tokenizer_texts
-    from gptjax.text.tokenizer import train_tokenizer
+    from gptjax.text.tokenizer_training import train_tokenizer
 
     trained_on = 0
 

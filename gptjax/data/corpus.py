@@ -9,7 +9,7 @@ from typing import NamedTuple
 from gptjax.config import DataConfig, TokenizerConfig
 from gptjax.data.sources import read_documents
 from gptjax.data.splits import Part, Split, choose_split, uniform_hash
-from gptjax.text.tokenizer import split_text
+from gptjax.text.splitting import split_text
 
 PIECE_CHARACTERS = 2**16  # long documents are encoded in pieces, which spreads them over the cores
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import split_text
+from gptjax.text.splitting import split_text
 
 BLOCK_BYTES = 2**20
 MAX_PIECE_CHARACTERS = 2**20

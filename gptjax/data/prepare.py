@@ -34,7 +34,10 @@ from gptjax.data.sources import source_fingerprint
 from gptjax.data.splits import SPLITS, Part, SplitName
 from gptjax.errors import UserError
 from gptjax.text.files import load_tokenizer
-from gptjax.text.tokenizer import Tokenizer, split_text, train_tokenizer
+from gptjax.text.special_tokens import FILES
+from gptjax.text.splitting import split_text
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 BATCH_CHARACTERS = 2**22  # of text encoded at once: its tokens take the library some 100 MB
 
@@ -115,7 +118,7 @@ def _require_replaceable(prepared: PreparedData, data: DataConfig) -> None:
             f"{prepared.folder} holds data of {' '.join(index.paths)}, not of {' '.join(data.path)}; "
             "choose another folder, or remove it"
         )
-    known = {shard.file for shard in index.shards} | {INDEX_FILE, TOKENIZER_FILE}
+    known = {shard.file for shard in index.shards} | {INDEX_FILE, TOKENIZER_FILE, *FILES}
     strangers = {path.name for path in prepared.folder.iterdir()} - known
     if strangers:
         raise UserError(f"{prepared.folder} would be made anew, but also holds {min(strangers)}; choose another folder")
@@ -235,22 +238,25 @@ def write_parts(
     check_lossless: bool = False,
     advance: Callable[[int], None] = lambda characters: None,
 ) -> None:
-    """Encode documents on all cores, and write each to its split, an end-of-text token after it.
+    """Encode documents on all cores, and write each to its split: what the tokenizer puts before a text (a BOS token,
+    with some), the document, and an end-of-text token.
 
     Args:
         check_lossless: compare what every text became with its bytes.
         advance: told the characters done so far, a batch at a time.
 
     Raises:
-        UserError: the tokenizer cannot encode the text.
+        UserError: the tokenizer cannot encode the text, or has no token that ends it.
     """
+    end, begins = tokenizer.require_end_of_text(), dict.fromkeys(writers, True)
     # Where every text gets a prefix, a cut would put one into the middle of a document.
     for batch in _batches(parts, MAX_PIECE_CHARACTERS if tokenizer.prefix else PIECE_CHARACTERS):
         for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
             if check_lossless:
                 tokenizer.require_lossless(piece.text, ids)
             writer = writers[piece.split]
-            writer.write([*ids, tokenizer.end_of_text_id] if piece.last else ids)
+            writer.write([*tokenizer.opening * begins[piece.split], *ids, *[end] * piece.last])
+            begins[piece.split] = piece.last
             writer.count(documents=int(piece.last), utf8_bytes=len(piece.text.encode()))
         advance(sum(len(piece.text) for piece in batch))
 

@@ -19,7 +19,7 @@ from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_copy, compute_dtype
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training.losses import cross_entropy
+from gptjax.training.losses import bounded_chunk, loss_of_labels
 
 
 class TokenizedDocument(NamedTuple):
@@ -96,11 +96,20 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
 
 
 def split_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """The documents of a split's tokens, which end with the end-of-text token or with the tokens."""
+    """The documents of a split's tokens, which end with the end-of-text token or with the tokens.
+
+    What the tokenizer puts before each is left out.
+
+    Raises:
+        UserError: the tokenizer has no token that ends a document.
+    """
     token_bytes = np.array([len(raw) for raw in tokenizer.token_bytes()])
-    ends = [*np.flatnonzero(tokens == tokenizer.end_of_text_id), len(tokens)]
+    opening = len(tokenizer.opening)
+    ends = [*np.flatnonzero(tokens == tokenizer.require_end_of_text()), len(tokens)]
     starts = [0, *(end + 1 for end in ends)]
     for number, (start, end) in enumerate(zip(starts, ends, strict=False), start=1):
+        if tuple(tokens[start : start + opening]) == tokenizer.opening:
+            start += opening
         if end > start:
             ids = np.asarray(tokens[start:end], np.int32)
             yield TokenizedDocument(f"document {number}", ids, int(token_bytes[ids].sum()))
@@ -110,20 +119,23 @@ def evaluate_documents(
     config: ModelConfig,
     params: Params,
     documents: Iterable[TokenizedDocument],
-    separator: int,
+    before: int,
     *,
+    opens: bool = False,
     window_tokens: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
 ) -> Evaluation:
     """Predict every token of every document exactly once, under the current mesh.
 
-    A document is preceded by the separator, as in training, so that its first token counts, too. Windows
-    start `stride` tokens apart; all but a document's first predict only what the one before has not, with
-    at least `window_tokens - stride` tokens before it.
+    A token stands before each document, as in training, so that its first token counts, too. Windows start `stride`
+    tokens apart; all but a document's first predict only what the one before has not, with at least
+    `window_tokens - stride` tokens before it. The logits of a batch are there in chunks of a bounded size.
 
     Args:
-        separator: the token that stands between documents.
+        before: the token that stands before documents.
+        opens: whether it stands before every window (a BOS token, without which a model has never seen a text), and not
+            only before a document, as the end of the one before.
         window_tokens: tokens of a window; None: the model's context length.
         stride: None: half a window. A whole window is quickest, and has the least context.
         batch_size: windows computed at once; over the mesh's batch axes.
@@ -144,12 +156,14 @@ def evaluate_documents(
     def rows() -> Iterator[tuple[int, Window, np.ndarray]]:
         for number, document in enumerate(documents):
             losses.append(DocumentLoss(document.origin, 0.0, len(document.token_ids), document.num_bytes))
-            tokens = np.concatenate([[separator], document.token_ids]).astype(np.int32)
+            tokens = np.concatenate([[before], document.token_ids]).astype(np.int32)
             for window in windows(len(document.token_ids), length, stride):
-                yield number, window, tokens[window.start : window.stop + 1]
+                row = tokens[window.start : window.stop + 1].copy()
+                row[0] = before if opens else row[0]
+                yield number, window, row
 
     for batch in _batched(rows(), batch_size):
-        tokens_BT = np.full((batch_size, length + 1), separator, np.int32)
+        tokens_BT = np.full((batch_size, length + 1), before, np.int32)
         for row, (_, _, tokens) in enumerate(batch):
             tokens_BT[row, : len(tokens)] = tokens
         nll_BT = np.zeros(tokens_BT.shape)
@@ -164,8 +178,9 @@ def evaluate_documents(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _token_losses(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    logits_BTV, _ = GPT(config).apply({"params": params}, tokens_BT[:, :-1])
-    return cross_entropy(logits_BTV, tokens_BT[:, 1:])[0]
+    inputs_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    output = loss_of_labels(config, labels_BT, bounded_chunk(config, labels_BT.size))
+    return GPT(config).apply({"params": params}, inputs_BT, output=output)[0][0]
 
 
 def _batched(items: Iterator, size: int) -> Iterator[list]:

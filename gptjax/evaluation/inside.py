@@ -3,7 +3,6 @@
 Shape suffixes: T tokens, S tokens looked at, N heads, L layers, V vocabulary.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,8 +13,8 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.model.gpt import GPT, Params
-from gptjax.model.trace import Trace
+from gptjax.model.gpt import Params, final_logits
+from gptjax.model.trace import Stream, Trace
 
 
 class Lens(NamedTuple):
@@ -39,16 +38,14 @@ def attention_weights(config: ModelConfig, params: Params, tokens: Sequence[int]
 
 
 def logit_lens(config: ModelConfig, params: Params, tokens: Sequence[int]) -> Lens:
-    """The final norm and the head applied after each layer (nostalgebraist 2020): the model, cut off there.
+    """The final norm and the head applied to the residual stream after each layer (nostalgebraist 2020).
 
     The last layer's prediction is the model's own.
 
     Raises:
         UserError: no tokens, or more than the context.
     """
-    tokens_BT = _one_row(config, tokens)
-    layers = [_predict(config, params, tokens_BT, depth) for depth in range(1, config.num_layers + 1)]
-    return Lens(*(np.stack(column) for column in zip(*layers, strict=True)))
+    return Lens(*map(np.asarray, _predictions(config, params, _one_row(config, tokens))))
 
 
 def looked_at_most(weights_NTS: np.ndarray, count: int = 3) -> list[list[tuple[int, float]]]:
@@ -65,15 +62,18 @@ def _trace(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Arr
     return Trace(config).apply({"params": params}, tokens_BT)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _predict(config: ModelConfig, params: Params, tokens_BT: jax.Array, depth: int) -> tuple[jax.Array, ...]:
-    cut = dataclasses.replace(config, num_layers=depth, scan_layers=True)  # scanned, as each depth is compiled
-    blocks = jax.tree.map(lambda w: w[:depth], params["blocks"])
-    logits_BTV, _ = GPT(cut).apply({"params": params | {"blocks": blocks}}, tokens_BT)
-    log_probability_TV = jax.nn.log_softmax(logits_BTV[0].astype(jnp.float32))
-    probability_TV = jnp.exp(log_probability_TV)
-    entropy_T = -jnp.where(probability_TV > 0, probability_TV * log_probability_TV, 0.0).sum(-1)
-    return log_probability_TV.argmax(-1), probability_TV.max(-1), entropy_T
+@functools.partial(jax.jit, static_argnums=0)
+def _predictions(config: ModelConfig, params: Params, tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """What `Lens` has of each layer, whose logits are there one layer at a time."""
+
+    def of_layer(x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+        log_probability_TV = jax.nn.log_softmax(final_logits(config, params, x_BTD)[0].astype(jnp.float32))
+        probability_TV = jnp.exp(log_probability_TV)
+        entropy_T = -jnp.where(probability_TV > 0, probability_TV * log_probability_TV, 0.0).sum(-1)
+        return log_probability_TV.argmax(-1), probability_TV.max(-1), entropy_T
+
+    stream_LBTD = Stream(config).apply({"params": params}, tokens_BT)[1:]
+    return jax.lax.map(of_layer, stream_LBTD)
 
 
 def _one_row(config: ModelConfig, tokens: Sequence[int]) -> jax.Array:

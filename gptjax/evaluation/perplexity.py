@@ -16,7 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_copy, compute_dtype
-from gptjax.training.losses import Batch, inputs_and_labels, lay_out, loss_of_labels
+from gptjax.training.losses import Batch, bounded_chunk, inputs_and_labels, lay_out, loss_of_labels
 
 
 class Perplexity(NamedTuple):
@@ -46,6 +46,7 @@ def evaluate(
     batch_size: int | None = None,
     chunk_tokens: int = 0,
     packed: bool = False,
+    opening: int | None = None,
 ) -> Perplexity:
     """Predict every label of the batches once, each row on its own, under the current mesh.
 
@@ -54,8 +55,9 @@ def evaluate(
         token_bytes_V: UTF-8 bytes that each token stands for.
         separator: the token between documents that do not see each other; None: they do.
         batch_size: B, where a process has only its rows of the batches; None: they are whole.
-        chunk_tokens: as `loss_of_labels` takes it.
+        chunk_tokens: as `loss_of_labels` takes it; 0: as many as `bounded_chunk` says.
         packed: as `inputs_and_labels` takes it.
+        opening: as `language_model_loss` takes it.
     """
     weights = jax.jit(compute_copy, static_argnums=1)(params, compute_dtype(config))
     token_bytes = np.asarray(token_bytes_V, np.int32)
@@ -63,7 +65,7 @@ def evaluate(
     def sums_of(rows: np.ndarray | Mapping[str, np.ndarray], num_rows: int) -> tuple[jax.Array, ...]:
         rows = rows if isinstance(rows, Mapping) else {"tokens": rows}
         batch = {name: sharding.put_batch(values, batch_size) for name, values in rows.items()}
-        return _sums(config, weights, batch, num_rows, token_bytes, separator, chunk_tokens, packed)
+        return _sums(config, weights, batch, num_rows, token_bytes, separator, chunk_tokens, packed, opening)
 
     # Dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64.
     sums = [sums_of(rows, num_rows) for rows, num_rows in batches]
@@ -71,7 +73,7 @@ def evaluate(
     return Perplexity(float(nats / num_tokens), int(num_tokens), int(num_bytes))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "separator", "chunk_tokens", "packed"))
+@functools.partial(jax.jit, static_argnames=("config", "separator", "chunk_tokens", "packed", "opening"))
 def _sums(
     config: ModelConfig,
     params: Params,
@@ -81,13 +83,16 @@ def _sums(
     separator: int | None,
     chunk_tokens: int,
     packed: bool,
+    opening: int | None,
 ):
     inputs_BT, labels_BT, places = inputs_and_labels(batch, separator, packed)
-    output = loss_of_labels(config, labels_BT, chunk_tokens)
+    output = loss_of_labels(config, labels_BT, chunk_tokens or bounded_chunk(config, labels_BT.size))
     (nll_BT, _), _ = GPT(config).apply({"params": params}, inputs_BT, **places, output=output)
     row_BT = jax.lax.broadcasted_iota(jnp.int32, labels_BT.shape, 0, out_sharding=sharding.spec("batch", "sequence"))
     counts_BT = row_BT < num_rows
     if "loss_mask" in batch:
         counts_BT &= lay_out(batch["loss_mask"][:, 1:]) > 0
+    if opening is not None:
+        counts_BT &= labels_BT != opening
     bytes_BT = token_bytes.at[labels_BT].get(out_sharding=sharding.spec("batch", "sequence"))
     return jnp.where(counts_BT, nll_BT, 0.0).sum(), counts_BT.sum(), jnp.where(counts_BT, bytes_BT, 0).sum()

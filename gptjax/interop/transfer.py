@@ -14,7 +14,7 @@ from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.configs import is_huggingface
 from gptjax.resolve import resolve
-from gptjax.text.chat import TEMPLATE_FILE, read_template, template_file
+from gptjax.text.templates import TEMPLATE_FILE, read_template, template_file
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.load import Run
 from gptjax.training.summary import read_summary

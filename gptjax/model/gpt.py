@@ -117,6 +117,15 @@ def finish_logits(config: ModelConfig, bias_V: jax.Array | None, logits_BTV: jax
     return softcap(logits_BTV, config.logit_softcap)
 
 
+def final_logits(config: ModelConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """(B, T, V): what a model makes of a residual stream after its blocks, those of padding columns -inf."""
+    if config.norm_position != "post":
+        x_BTD = make_norm(config, "").apply({"params": params["final_norm"]}, x_BTD)
+    head = Head(params["embedding" if config.tie_embeddings else "head"], params.get("head_bias"))
+    logits_BTV = head_logits(config, head, scaled(x_BTD, multipliers(config).logits))
+    return mask_padding(logits_BTV, config.vocab_size)
+
+
 class GPT(nn.Module):
     """The causal Transformer.
 

@@ -29,7 +29,7 @@ def chat(
     """
     prompts = [layout.prompt(messages) for messages in conversations]
     rows = [TextStream(tokenizer.token_bytes(), sampling.stop) for _ in prompts]
-    chunks = generate_tokens(config, params, prompts, sampling, layout.end_id, CHUNK_TOKENS, decoding=decoding)
+    chunks = generate_tokens(config, params, prompts, sampling, layout.stop_ids, CHUNK_TOKENS, decoding=decoding)
     return whole_texts(chunks, rows)
 
 
@@ -49,7 +49,9 @@ def stream_chat(
     """
     row = TextStream(tokenizer.token_bytes(), sampling.stop)
     prompt = layout.prompt(messages)
-    chunks = generate_tokens(config, params, [prompt], sampling, layout.end_id, STREAM_CHUNK_TOKENS, decoding=decoding)
+    chunks = generate_tokens(
+        config, params, [prompt], sampling, layout.stop_ids, STREAM_CHUNK_TOKENS, decoding=decoding
+    )
     return pieces(chunks, row)
 
 

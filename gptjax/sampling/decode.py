@@ -206,7 +206,7 @@ def decode_n_tokens(
     params: Params,
     state: DecodeState,
     settings: Mapping[str, Setting],
-    end_of_text_id: int,
+    stop_ids_E: jax.Array,
     num_tokens: int,
     *,
     with_logprobs: bool = False,
@@ -221,14 +221,14 @@ def decode_n_tokens(
     Args:
         params: best `decoding_params`.
         settings: the filters that are on (`filter_settings`); scalars or one value per row.
-        end_of_text_id: ends a row.
+        stop_ids_E: each of these ends a row; at least one, which may be no token.
         tempered: whether log-probabilities are those at the temperature that tokens are drawn at.
     """
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, jax.Array | None]]:
         positions_B = state.cache.lengths_B
         tokens_B = sample(state.logits_BV, state.seen_BV, state.keys_B, positions_B, settings)
-        tokens_B = jnp.where(state.done_B, end_of_text_id, tokens_B)
+        tokens_B = jnp.where(state.done_B, stop_ids_E[0], tokens_B)
         logprobs_B = None
         if with_logprobs:
             logits_BV = state.logits_BV / settings["temperature"] if tempered else state.logits_BV
@@ -238,7 +238,7 @@ def decode_n_tokens(
             cache=cache._replace(lengths_B=jnp.where(state.done_B, positions_B, positions_B + 1)),
             logits_BV=_sampling_layout(logits_BTV),
             ends_B=state.ends_B,
-            done_B=state.done_B | (tokens_B == end_of_text_id) | (positions_B + 1 >= state.ends_B),
+            done_B=state.done_B | is_stop(tokens_B, stop_ids_E) | (positions_B + 1 >= state.ends_B),
             seen_BV=state.seen_BV | one_hot(tokens_B, state.seen_BV),
             keys_B=state.keys_B,
         ), (tokens_B, logprobs_B)
@@ -260,6 +260,11 @@ def sample(
     if "temperature" not in settings:
         return candidates.tokens(likeliest(candidates.logits_BC))
     return draw(candidates, jax.vmap(jax.random.fold_in)(keys_B, positions_B))
+
+
+def is_stop(tokens: jax.Array, stop_ids_E: jax.Array) -> jax.Array:
+    """Whether each token ends what is written."""
+    return (tokens[..., None] == stop_ids_E.reshape((1,) * tokens.ndim + (-1,))).any(axis=-1)
 
 
 def log_probability(logits_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:

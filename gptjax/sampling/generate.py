@@ -25,7 +25,9 @@ class Tokenizer(Protocol):
     """What generation asks of a tokenizer."""
 
     vocab_size: int
-    end_of_text_id: int
+    stop_ids: tuple[int, ...]
+    opening: tuple[int, ...]
+    end_of_text_id: int | None
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -42,10 +44,10 @@ class Completion:
     text: str
     """New text only, without the stop string."""
     token_ids: list[int]
-    """New tokens only, without the end-of-text token; those of a stop string are among them. The first one begins
+    """New tokens only, without the one that ends the text; those of a stop string are among them. The first one begins
     with the prompt's last space, if it ends in one."""
     finish_reason: FinishReason
-    """stop: the end-of-text token or a stop string; length: max_tokens or the end of the context."""
+    """stop: a token that ends texts, or a stop string; length: max_tokens or the end of the context."""
 
 
 def generate(
@@ -59,6 +61,9 @@ def generate(
     on_guesses: Callable[[Guesses], object] | None = None,
 ) -> list[Completion]:
     """Continue all prompts in one batch. Repeat a prompt to get several samples of it.
+
+    Before each stands what the tokenizer puts there (`opening`); an empty one that has nothing starts from the token
+    between documents.
 
     Args:
         draft: as `generate_tokens` takes it, and `on_guesses`.
@@ -140,8 +145,10 @@ def _start_texts(
     given = [b" " if ids and token_bytes[ids[-1]] == b" " and begins_V.sum() > 1 else b"" for ids in encoded]
     encoded = [ids[: len(ids) - len(space)] for ids, space in zip(encoded, given, strict=True)]
     first_BV = np.stack([begins_V if space else np.ones_like(begins_V) for space in given]) if any(given) else None
+    between = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
+    started = [[*tokenizer.opening, *ids] or between for ids in encoded]
     chunks = generate_tokens(
-        *(config, params, encoded, sampling, tokenizer.end_of_text_id, chunk_tokens),
+        *(config, params, started, sampling, tokenizer.stop_ids, chunk_tokens),
         *(first_BV, decoding, draft, on_guesses),
     )
     return chunks, [TextStream(token_bytes, sampling.stop, space) for space in given]

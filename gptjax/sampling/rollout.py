@@ -20,6 +20,7 @@ from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, start_decoding
 from gptjax.sampling.filters import filter_settings
+from gptjax.sampling.rows import stop_array
 
 CHUNK_TOKENS = 32
 """Tokens drawn between two looks at whether all answers have ended."""
@@ -44,7 +45,7 @@ def rollout(
     prompts: Sequence[Sequence[int]],
     answers_per_prompt: int,
     sampling: SamplingConfig,
-    end_id: int,
+    stop_ids: Sequence[int],
     key: jax.Array,
     *,
     prompt_tokens: int,
@@ -55,7 +56,7 @@ def rollout(
     Args:
         sampling: `max_tokens` and `temperature` count, 0 being the likeliest token; no other filter may be on, for what
             they leave is not what the model would be trained to write.
-        end_id: the token that ends an answer.
+        stop_ids: the tokens that end an answer, the usual one first.
         key: each answer's randomness is this folded with its number.
         prompt_tokens: T, to which prompts are padded.
         in_int8: whether weights are rounded; then the log-probabilities are those of another model.
@@ -95,16 +96,18 @@ def rollout(
     tokens, logprobs = [], []
     for _ in range(0, N, chunk):
         drawn, state = decode_n_tokens(
-            *(config, params, state, settings, end_id, chunk), with_logprobs=True, tempered="temperature" in settings
+            *(config, params, state, settings, stop_array(stop_ids), chunk),
+            with_logprobs=True,
+            tempered="temperature" in settings,
         )
         tokens.append(np.asarray(drawn.tokens_BN))
         logprobs.append(np.asarray(drawn.logprobs_BN))
-        if (tokens[-1] == end_id).any(axis=1).all():
+        if np.isin(tokens[-1], stop_ids).any(axis=1).all():
             break
     count = len(prompts) * answers_per_prompt
-    tokens_BN = _to_width(np.concatenate(tokens, axis=1)[:count], N, end_id)
+    tokens_BN = _to_width(np.concatenate(tokens, axis=1)[:count], N, stop_ids[0])
     logprobs_BN = _to_width(np.concatenate(logprobs, axis=1)[:count], N, 0.0)
-    is_end_BN = tokens_BN == end_id
+    is_end_BN = np.isin(tokens_BN, stop_ids)
     ended_B = is_end_BN.any(axis=1)
     lengths_B = np.where(ended_B, is_end_BN.argmax(axis=1) + 1, N)
     logprobs_BN = np.where(np.arange(N) < lengths_B[:, None], logprobs_BN, 0.0).astype(np.float32)

@@ -4,7 +4,7 @@ Shape suffixes: B batch, T prompt tokens, S slots, V padded vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def generate_tokens(
     params: Params,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
-    end_of_text_id: int,
+    stop_ids: Sequence[int],
     chunk_tokens: int = CHUNK_TOKENS,
     first_BV: np.ndarray | None = None,
     decoding: DecodingConfig = DEFAULT_DECODING,
@@ -78,9 +78,9 @@ def generate_tokens(
 ) -> Iterator[list[Chunk]]:
     """Continue prompts of token ids, yielding each time a `Chunk` for every row, until all rows are finished.
 
-    An empty prompt starts from the end-of-text token, which stands between documents. Where a prompt and
-    `max_tokens` together exceed the context, the row ends with the context (`length`). Stop strings are for
-    the caller to see, who may leave the iterator at any time. The chunk's size does not change what is drawn.
+    Any of `stop_ids` ends a row. Where a prompt and `max_tokens` together exceed the context, the row ends with the
+    context (`length`). Stop strings are for the caller to see, who may leave the iterator at any time. The chunk's size
+    does not change what is drawn.
 
     `first_BV` says which tokens a row may begin with; None: any. With `decoding.draft_tokens`, `draft` guesses, or if
     there is none the text so far, in which the latest repetition of its end is continued; `on_guesses` hears with each
@@ -89,13 +89,15 @@ def generate_tokens(
     Under a mesh the rows are filled up to a number that its batch axes divide.
 
     Raises:
-        UserError: at the call: a prompt leaves no room for a token in the context, top_k exceeds the vocabulary, the
-            cache does not fit, or the draft has other tokens, too short a context, or nothing to guess.
+        UserError: at the call: a prompt is empty or leaves no room for a token in the context, top_k exceeds the
+            vocabulary, the cache does not fit, or the draft has other tokens, too short a context, or nothing to guess.
     """
     if sampling.top_k > config.vocab_size:
         raise UserError(f"top_k is {sampling.top_k}, but the vocabulary has {config.vocab_size} tokens; 0 is off")
-    prompts = [list(prompt) or [end_of_text_id] for prompt in prompts]
+    prompts = [list(prompt) for prompt in prompts]
     for prompt in prompts:
+        if not prompt:
+            raise UserError("a prompt has no tokens, and something must stand before the first that is written")
         if len(prompt) >= config.context_length:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens, but the context {config.context_length}, of which one "
@@ -110,7 +112,7 @@ def generate_tokens(
         _require_draft_fits(config, decoding, draft.config, longest_end)
     slots = _bucket(longest_end + decoding.draft_tokens)
     require_cache_fits(config, decoding, len(prompts), slots, draft and draft.config)
-    task = _Task(config, prompts, limits, sampling, decoding, end_of_text_id, first_BV)
+    task = _Task(config, prompts, limits, sampling, decoding, stop_ids, first_BV)
     params = decoding_params(config, params, decoding.weights == "int8")
     chunk_tokens = min(chunk_tokens, 1 << (max(limits) - 1).bit_length())
     if decoding.draft_tokens:
@@ -144,7 +146,7 @@ def _chunks(task: "_Task", steps: Iterator[list[list[int]]]) -> Iterator[list[Ch
     chunks, left = [Chunk([], None)] * len(task.prompts), list(task.limits)
     for rows in steps:
         chunks = [
-            Chunk([], last.finish_reason) if last.finish_reason else _cut(row, task.end_of_text_id, limit)
+            Chunk([], last.finish_reason) if last.finish_reason else _cut(row, task.stop_ids, limit)
             for row, last, limit in zip(rows, chunks, left, strict=False)  # the rows that fill a mesh come last
         ]
         left = [limit - len(chunk.token_ids) for limit, chunk in zip(left, chunks, strict=True)]
@@ -163,11 +165,12 @@ class _Task:
         limits: list[int],
         sampling: SamplingConfig,
         decoding: DecodingConfig,
-        end_of_text_id: int,
+        stop_ids: Sequence[int],
         first_BV: np.ndarray | None,
     ):
         self.config, self.sampling, self.decoding = config, sampling, decoding
-        self.prompts, self.limits, self.end_of_text_id = prompts, limits, end_of_text_id
+        self.prompts, self.limits, self.stop_ids = prompts, limits, frozenset(stop_ids)
+        self.stop_ids_E = stop_array(stop_ids)
         self.settings = filter_settings(sampling)
         self.longest, self.longest_end = max(map(len, prompts)), _longest(prompts, limits)
         number = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -224,7 +227,7 @@ def _decode(task: _Task, params: Params, chunk_tokens: int) -> Iterator[list[lis
         if slots < min(needed, most_slots):
             slots = min(_bucket(needed), most_slots)
             state = with_slots(config, state, slots)
-        drawn, state = decode_n_tokens(config, params, state, task.settings, task.end_of_text_id, chunk_tokens)
+        drawn, state = decode_n_tokens(config, params, state, task.settings, task.stop_ids_E, chunk_tokens)
         yield np.asarray(drawn.tokens_BN).tolist()
         needed += chunk_tokens
 
@@ -253,7 +256,7 @@ def _speculate(
     state, rounds = start_speculating(decode, cache, text_BS), math.ceil(chunk_tokens / (guesses + 1))
     while True:
         found, state = decode_n_rounds(
-            task.config, params, state, task.settings, task.end_of_text_id, rounds, guesses, **model
+            task.config, params, state, task.settings, task.stop_ids_E, rounds, guesses, **model
         )
         tokens_BRN, counts_BR = np.asarray(found.tokens_BRN), np.asarray(found.counts_BR)
         if on_guesses is not None:
@@ -269,11 +272,17 @@ def _longest(prompts: list[list[int]], limits: list[int]) -> int:
     return max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
 
 
-def _cut(token_ids: list[int], end_of_text_id: int, limit: int) -> Chunk:
-    """A row's tokens up to its end, which is the end-of-text token or the number of them that were left."""
+def stop_array(stop_ids: Sequence[int]) -> np.ndarray:
+    """The ids as a decoding loop takes them: at least one, if need be one that no token has."""
+    return np.array([*stop_ids] or [-1], np.int32)
+
+
+def _cut(token_ids: list[int], stop_ids: Collection[int], limit: int) -> Chunk:
+    """A row's tokens up to its end, which is a token that stops it or the number of them that were left."""
     kept = token_ids[:limit]
-    if end_of_text_id in kept:
-        return Chunk(kept[: kept.index(end_of_text_id)], "stop")
+    end = next((place for place, token in enumerate(kept) if token in stop_ids), None)
+    if end is not None:
+        return Chunk(kept[:end], "stop")
     return Chunk(kept, "length" if limit <= len(token_ids) else None)
 
 

@@ -20,7 +20,7 @@ from gptjax.config import ModelConfig
 from gptjax.model.cache import Cache
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
-from gptjax.sampling.decode import DecodeState, log_probability
+from gptjax.sampling.decode import DecodeState, is_stop, log_probability
 from gptjax.sampling.draw import draw
 from gptjax.sampling.filters import Candidates, Setting, apply_filters, likeliest, one_hot
 
@@ -74,7 +74,7 @@ def decode_n_rounds(
     params: Params,
     state: SpeculativeState,
     settings: Mapping[str, Setting],
-    end_of_text_id: int,
+    stop_ids_E: jax.Array,
     num_rounds: int,
     guesses: int,
     *,
@@ -103,7 +103,7 @@ def decode_n_rounds(
             return jax.vmap(fold)(d.keys_B, starts_B + offset)
 
         first_B = _draw(_remainder(_distribution(d.logits_BV, d.seen_BV, settings), state), keys(0, DRAW), settings)
-        first_B = jnp.where(d.done_B, end_of_text_id, first_B)
+        first_B = jnp.where(d.done_B, stop_ids_E[0], first_B)
         seen_BV = d.seen_BV | one_hot(first_B, d.seen_BV)
         draft_cache, text_BS = state.draft_cache, state.text_BS
         if draft_config is None:
@@ -147,7 +147,7 @@ def decode_n_rounds(
         next_BV = jnp.take_along_axis(logits_NBV, kept_B[None, :, None], axis=0)[0]
         ruled_out_BV = jnp.where((places_GB == kept_B[None])[..., None], q_GBV, 0.0).sum(axis=0)
 
-        is_end_NB = tokens_NB == end_of_text_id
+        is_end_NB = is_stop(tokens_NB, stop_ids_E)
         before_end_B = jnp.where(is_end_NB, jnp.arange(guesses + 1)[:, None], guesses + 1).min(axis=0)
         counts_B = jnp.minimum(jnp.minimum(1 + kept_B, before_end_B + 1), d.ends_B - starts_B)
         counts_B = jnp.where(d.done_B, 0, counts_B)

@@ -31,7 +31,12 @@ from gptjax.training.state import TrainState
 
 def separator(config: Config, tokenizer: Tokenizer) -> int | None:
     """The token between documents that do not see each other; None where they do."""
-    return tokenizer.end_of_text_id if config.data.separate_documents else None
+    return tokenizer.document_start[-1] if config.data.separate_documents else None
+
+
+def opening(tokenizer: Tokenizer) -> int | None:
+    """The token that the tokenizer puts before every text; None: nothing stands there."""
+    return tokenizer.opening[-1] if tokenizer.opening else None
 
 
 def share(config: Config) -> Share | None:
@@ -84,6 +89,7 @@ def evaluator(
             batch_size,
             chunk_tokens,
             packed=config.stage == "sft",
+            opening=opening(tokenizer),
         )
         return {
             "val_loss": found.nats_per_token,

@@ -1,5 +1,6 @@
 """What stages that talk share: the layout of conversations, and an answer as the sample of a run."""
 
+import datetime
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from gptjax.errors import UserError
 from gptjax.model.gpt import Params
 from gptjax.sampling.chat import chat
 from gptjax.stages import callbacks
-from gptjax.text.chat import TEMPLATE_FILE, ChatFormat, Message, chat_format, read_template, template_file
+from gptjax.text.chat import ChatFormat, Message, chat_format
+from gptjax.text.templates import TEMPLATE_FILE, read_template, template_file
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.state import TrainState
 
@@ -19,13 +21,14 @@ def layout(config: Config, tokenizer: Tokenizer) -> ChatFormat:
     Raises:
         UserError: as `chat_format`.
     """
+    today = config.data.chat_date and datetime.date.fromisoformat(config.data.chat_date)
     if config.data.chat_template:
         path = Path(config.data.chat_template)
-        return chat_format(tokenizer, read_template(path), str(path))
+        return chat_format(tokenizer, read_template(path), str(path), today)
     for folder in (config.run_dir, config.model.init_from):
         path = template_file(Path(folder)) if folder else None
         if path is not None:
-            return chat_format(tokenizer, read_template(path), str(path))
+            return chat_format(tokenizer, read_template(path), str(path), today)
     return chat_format(tokenizer)
 
 

@@ -23,7 +23,7 @@ from gptjax.parametrization import multipliers
 from gptjax.stages import callbacks, chats, messages, reward, start
 from gptjax.stages.stage import Data, Stage, as_given
 from gptjax.stages.weights import weights_of
-from gptjax.text.chat import TEMPLATE_FILE
+from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.preference_losses import groups_of, log_probabilities, pair_loss, preference_loss, rows_of
 from gptjax.training.state import TrainState
@@ -105,7 +105,7 @@ class _Pairs(PairRows):
 def _rows(config: Config, data: Data) -> tuple[_Pairs, _Pairs]:
     rankings = data.content
     num_tokens = rounded(rankings.longest - 1, config.model.context_length) + 1
-    sides = (_Pairs(side, num_tokens, data.tokenizer.end_of_text_id) for side in (rankings.train, rankings.validation))
+    sides = (_Pairs(side, num_tokens, data.tokenizer.padding_id) for side in (rankings.train, rankings.validation))
     return tuple(sides)
 
 

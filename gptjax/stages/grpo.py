@@ -17,7 +17,7 @@ from gptjax.stages import callbacks, rl, start
 from gptjax.stages.judges import token_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import weights_of
-from gptjax.text.chat import TEMPLATE_FILE
+from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.policy_losses import group_advantages, policy_loss
 from gptjax.training.state import TrainState

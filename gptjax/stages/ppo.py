@@ -24,7 +24,7 @@ from gptjax.stages import callbacks, pretrain, rl, start
 from gptjax.stages.judges import token_judge, value_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import Weights, weights_of
-from gptjax.text.chat import TEMPLATE_FILE
+from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.losses import Batch, Loss
 from gptjax.training.optimizer import make_optimizer

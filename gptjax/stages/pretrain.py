@@ -75,7 +75,12 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         return text.prompt + text.text
 
     return Stage(
-        loss=weights.loss(language_model_loss(model, training.z_loss, separator, training.loss_chunk_tokens)),
+        loss=weights.loss(
+            language_model_loss(
+                *(model, training.z_loss, separator, training.loss_chunk_tokens),
+                opening=callbacks.opening(data.tokenizer),
+            )
+        ),
         optimizer=optimizer,
         new_state=lambda: weights.new_state(optimizer),
         abstract_state=weights.abstract_state(optimizer),
@@ -101,7 +106,7 @@ def _check_prompt(config: Config, tokenizer: Tokenizer) -> None:
         tokenizer.require_lossless(prompt, ids)
     except UserError as error:
         raise UserError(f"training.sample_prompt {prompt!r}: {error}") from None
-    num_tokens = len(ids)
+    num_tokens = len(tokenizer.opening) + len(ids)
     if num_tokens >= config.model.context_length:
         raise UserError(
             f"training.sample_prompt has {num_tokens} tokens, which leaves none of model.context_length "

@@ -27,7 +27,8 @@ from gptjax.parametrization import multipliers
 from gptjax.stages import callbacks, chats, messages, start
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import weights_of
-from gptjax.text.chat import TEMPLATE_FILE, ChatFormat
+from gptjax.text.chat import ChatFormat
+from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import run_dir
 from gptjax.training.optimizer import make_optimizer
@@ -94,7 +95,7 @@ def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray,
     """The answers to the first prompt, (K, T), and which of their tokens are an answer's."""
     rankings = data.content
     group, tokens = rankings.train[0], rounded(rankings.longest, config.model.context_length)
-    row = RankedRows([group], len(group.answers), tokens, data.tokenizer.end_of_text_id)[0]
+    row = RankedRows([group], len(group.answers), tokens, data.tokenizer.padding_id)[0]
     mask_KT = np.zeros(row["tokens"].shape, bool)
     for k, answer in enumerate(group.answers):
         mask_KT[k, : len(answer.learned)] = answer.learned
@@ -103,7 +104,7 @@ def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray,
 
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:
     """The stage under the current mesh."""
-    rankings, training, padding = data.content, config.training, data.tokenizer.end_of_text_id
+    rankings, training, padding = data.content, config.training, data.tokenizer.padding_id
     num_tokens = rounded(rankings.longest, config.model.context_length)
     rows, held_out = (
         RankedRows(side, rankings.num_answers, num_tokens, padding) for side in (rankings.train, rankings.validation)

@@ -119,7 +119,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
 
 def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The first prompts, (B, T), and nothing of them that is learned: that is yet to be drawn."""
-    prompts, padding = data.content, data.tokenizer.end_of_text_id
+    prompts, padding = data.content, data.tokenizer.padding_id
     order = PromptOrder(prompts.train, config.training.seed)
     tokens_BT = np.full((num_rows, prompts.padded_tokens), padding, np.int32)
     for row in range(num_rows):
@@ -172,7 +172,7 @@ def draw(
         [prompt.token_ids for prompt in prompts],
         answers_per_prompt,
         SamplingConfig(max_tokens=N, temperature=temperature),
-        form.end_id,
+        form.stop_ids,
         key,
         prompt_tokens=data.content.padded_tokens,
         in_int8=config.rl.rollout_weights == "int8",
@@ -180,7 +180,7 @@ def draw(
     drawn = time.perf_counter()
     of_answers = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     shape = len(of_answers), row_tokens(config, data)
-    tokens_BT, mask_BT = np.full(shape, data.tokenizer.end_of_text_id, np.int32), np.zeros(shape, bool)
+    tokens_BT, mask_BT = np.full(shape, data.tokenizer.padding_id, np.int32), np.zeros(shape, bool)
     logprobs_BT, ends_BT, texts = np.zeros(shape, np.float32), np.zeros(shape, np.float32), []
     for row, (prompt, length) in enumerate(zip(of_answers, found.lengths_B, strict=True)):
         at = len(prompt.token_ids)

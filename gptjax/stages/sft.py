@@ -22,7 +22,8 @@ from gptjax.parametrization import multipliers
 from gptjax.stages import callbacks, chats, messages, start
 from gptjax.stages.stage import Data, Stage, as_given
 from gptjax.stages.weights import weights_of
-from gptjax.text.chat import TEMPLATE_FILE, ChatFormat
+from gptjax.text.chat import ChatFormat
+from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optimizer import make_optimizer
@@ -52,9 +53,9 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     items = read_items(config.data, conversation_of, skipped)
     length, sides = config.model.context_length, []
     for side in split_items(items, config.data):
-        encoded = [form.encode(item.messages) for item in side]
-        examples = [Example(np.array(e.token_ids, np.int32), np.array(e.learned)) for e in encoded]
-        fitted, counts = fit_context(examples, [item.origin for item in side], length, config.data.on_long)
+        rows = [(row, item.origin) for item in side for row in form.rows(item.messages)]
+        examples = [Example(np.array(row.token_ids, np.int32), np.array(row.learned)) for row, _ in rows]
+        fitted, counts = fit_context(examples, [origin for _, origin in rows], length, config.data.on_long)
         if not fitted:
             raise UserError(
                 f"no conversation is left that fits model.context_length {length}; --data.on-long truncate cuts them"
@@ -76,7 +77,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
             config.data.validation_fraction,
         ),
     )
-    rows, held_out = (PackedRows(side, length, tokenizer.end_of_text_id) for side in sides)
+    rows, held_out = (PackedRows(side, length, tokenizer.padding_id) for side in sides)
     return Data(tokenizer, mark, " ".join(config.data.path), len(rows), Conversations(form, rows, held_out))
 
 

@@ -75,7 +75,8 @@ def tokenizer(config: Config) -> Tokenizer:
             f"stage {config.stage} starts from a run: give --model.init-from RUN (or --tokenizer.path, to begin with "
             "drawn parameters)"
         )
-    return load_tokenizer(config.tokenizer.path)
+    loaded = load_tokenizer(config.tokenizer.path)
+    return loaded.with_vocab_size(config.model.vocab_size) if config.model.init_from else loaded
 
 
 def start_params(config: Config, model: GPT, log: Callable[[str], None]) -> Params:

@@ -1,6 +1,7 @@
 """A run of any stage, from its configuration to its summary: what stages share around step, loop and checkpoints."""
 
 import dataclasses
+import datetime
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -85,6 +86,7 @@ def train(
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
         with distributed.together():
+            config = _with_date(config)
             config = _with_mesh(config, console)
             require_packages(config.training.log_to)
         with run_dir.writable(directory), lock.hold(directory, console.message) as require_folder:
@@ -124,8 +126,7 @@ def _run(
         with distributed.together():
             if distributed.is_first():
                 # The tokenizer first: a folder with a configuration is a run, and a run has a tokenizer.
-                run_dir.write_text(directory / run_dir.TOKENIZER_FILE, data.tokenizer.to_json())
-                for name, text in stage.files.items():
+                for name, text in [*data.tokenizer.texts().items(), *stage.files.items()]:
                     run_dir.write_text(directory / name, text)
                 run_dir.save_config(directory, config, run_dir.environment())
                 seconds_before = resume.count_lost(directory, progress.step, seconds_before)
@@ -202,6 +203,12 @@ def _card(config: Config) -> dict[str, Any]:
     """What must be the same on all processes of a run, before any of them starts JAX."""
     folder = os.path.abspath(config.run_dir or "runs")
     return {"configuration": to_dict(config), "folder": folder} | run_dir.software()
+
+
+def _with_date(config: Config) -> Config:
+    """With the day on which a run begins, as the first process has it: its rows are the same whenever it goes on."""
+    today = distributed.gather_text(config.data.chat_date or datetime.date.today().isoformat())[0]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, chat_date=today))
 
 
 def _console() -> Console:

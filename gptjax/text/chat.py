@@ -1,27 +1,28 @@
 """Conversations as token ids, with what of them is learned.
 
-What a user types never becomes a control token: contents are encoded as text, and only the format's own words, which
-stand between them, may be control tokens.
+A row that is trained on is what sampling sees: the ids of the prompt, and after them what the model is to write. The
+whole is tokenized as the template's own rendering is. What a user types never becomes a control token.
 """
 
-import json
+import datetime
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 from gptjax.errors import UserError
+from gptjax.text.templates import Render, compile_template
 from gptjax.text.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
-TEMPLATE_FILE = "chat_template.jinja"
-"""Where a run, as a Hugging Face model, keeps its template: a run that has one can be talked to."""
 START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The default, as a template that other programs read."""
+END_OF_THOUGHT = "</think>"
+"""Ends what a model writes before its answer: templates leave that out of earlier turns."""
 
 
 class Message(NamedTuple):
@@ -36,32 +37,7 @@ class Encoded(NamedTuple):
 
     token_ids: list[int]
     learned: list[bool]
-    """Of each token whether the assistant writes it: its words, and the token that ends them."""
-
-
-class ChatFormat(Protocol):
-    """How conversations are laid out."""
-
-    template: str
-    """In Jinja, for `chat_template.jinja`."""
-    end_id: int
-    """The token with which the assistant ends what it says."""
-
-    def encode(self, messages: Sequence[Message]) -> Encoded:
-        """A whole conversation.
-
-        Raises:
-            UserError: as `check`, or the tokenizer cannot encode a text.
-        """
-        ...
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation up to where the assistant's next words begin.
-
-        Raises:
-            UserError: as `encode`.
-        """
-        ...
+    """Of each token whether the assistant writes it: all from the prompt's end to the token that ends the answer."""
 
 
 def check(messages: Sequence[Message], *, answered: bool) -> None:
@@ -92,202 +68,166 @@ def check(messages: Sequence[Message], *, answered: bool) -> None:
         raise UserError(f"the conversation ends with {last}'s message; an answer is to a user's")
 
 
-class ChatML:
-    """`<|im_start|>ROLE\\nCONTENT<|im_end|>\\n` for each message (OpenAI's ChatML)."""
+class ChatFormat:
+    """How conversations are laid out: a template, and the tokenizer that reads what it writes."""
 
-    template = CHATML
-
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, template: str, render: Render, source: str):
         """
+        Args:
+            template: in Jinja, for `chat_template.jinja`.
+            render: what the template does.
+            source: what errors call it.
+
         Raises:
-            UserError: the tokenizer has no such tokens.
+            UserError: the template does not write all messages, or ends answers with no control token.
         """
-        missing = [name for name in (START, END) if name not in tokenizer.special_token_ids]
-        if missing:
-            raise UserError(
-                f"the tokenizer has no special token {missing[0]}, which ChatML needs; give --data.chat-template FILE, "
-                f"that of the model's own family; its special tokens are {', '.join(tokenizer.special_token_ids)}"
-            )
-        self._tokenizer = tokenizer
-        self._start_id, self.end_id = (tokenizer.special_token_ids[name] for name in (START, END))
-        self._break = tokenizer.encode("\n")
-
-    def encode(self, messages: Sequence[Message]) -> Encoded:
-        check(messages, answered=True)
-        return self._laid_out(messages)
-
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        check(messages, answered=False)
-        return [*self._laid_out(messages).token_ids, *self._opening("assistant")]
-
-    def _opening(self, role: str) -> list[int]:
-        return [self._start_id, *self._tokenizer.encode(f"{role}\n")]
-
-    def _laid_out(self, messages: Sequence[Message]) -> Encoded:
-        ids: list[int] = []
-        learned: list[bool] = []
-        for role, content in messages:
-            opening, text = self._opening(role), [*_encode(self._tokenizer, content), self.end_id]
-            ids += [*opening, *text, *self._break]
-            learned += [False] * len(opening) + [role == "assistant"] * len(text) + [False] * len(self._break)
-        return Encoded(ids, learned)
-
-
-class Template:
-    """A Hugging Face chat template: Jinja, run in its immutable sandbox.
-
-    It is rendered with marks in place of what people say, so that its own words are known from theirs, and once more
-    with the words: where the two do not fit together, the template does more with them than to place them, and is
-    refused.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, template: str, source: str = "the chat template"):
-        """
-        Raises:
-            UserError: jinja2 is missing, the template is broken, or ends answers with no control token.
-        """
-        self.template, self._tokenizer, self._source = template, tokenizer, source
-        self._render = _compiled(template, source, _named_tokens(tokenizer))
+        self.template, self._tokenizer, self._render, self._source = template, tokenizer, render, source
         names = sorted(tokenizer.special_token_ids, key=len, reverse=True)
-        self._control = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
-        ask, answer = Message("user", "a"), Message("assistant", "b")
-        after = self._pieces([ask, answer], False)[-1][0]
-        ends = [i for i in self._words(after) if i in tokenizer.special_token_ids.values()]
-        if not ends:
+        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        asked, answer = "\ue0001\ue001", "\ue0002\ue001"
+        written = render([{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], False)
+        if [written.count(mark) for mark in (asked, answer)] != [1, 1] or written.find(asked) > written.find(answer):
+            raise UserError(f"{source} does not write every message once and in order")
+        self._closing = written.partition(answer)[2]
+        ending = self._control.search(self._closing)
+        if ending is None:
             raise UserError(f"{source} ends answers with no special token of the tokenizer, so that none would end")
-        self.end_id = ends[0]
-
-    def encode(self, messages: Sequence[Message]) -> Encoded:
-        check(messages, answered=True)
-        ids: list[int] = []
-        learned: list[bool] = []
-        answering = False
-        for words, message, text in self._pieces(messages, False):
-            own = self._words(words)
-            # The token that ends an answer is learned with it; what the template writes after that is not.
-            ended = own.index(self.end_id) + 1 if answering and self.end_id in own else 0
-            content = [] if message is None else _encode(self._tokenizer, text)
-            answering = message is not None and message.role == "assistant"
-            ids += [*own, *content]
-            learned += [True] * ended + [False] * (len(own) - ended) + [answering] * len(content)
-        return Encoded(ids, learned)
+        self.end_id = tokenizer.special_token_ids[ending[0]]
+        """The token with which the assistant ends what it says."""
+        self.stop_ids = tuple(dict.fromkeys((self.end_id, *tokenizer.stop_ids)))
+        """All that end an answer: the template's, and what the model's own files name."""
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation up to where the assistant's next words begin.
+
+        Raises:
+            UserError: as `check`; the tokenizer cannot encode a text; or the template refuses or changes one.
+        """
         check(messages, answered=False)
-        pieces = self._pieces(messages, True)
-        contents = [[] if message is None else _encode(self._tokenizer, text) for _, message, text in pieces]
-        return [i for (words, *_), text in zip(pieces, contents, strict=True) for i in (*self._words(words), *text)]
+        said, guards = self._guarded(messages)
+        return self._ids(self._written(said, True), guards)
 
-    def _pieces(
-        self, messages: Sequence[Message], add_generation_prompt: bool
-    ) -> list[tuple[str, Message | None, str]]:
-        """The template's words before each message, the message, and what stands of it; last the words at the end."""
-        rendered = self._rendered([m.content for m in messages], messages, add_generation_prompt)
-        marks = [_mark(number, rendered) for number in range(len(messages))]
-        skeleton = self._rendered(marks, messages, add_generation_prompt)
-        places = [skeleton.find(mark) for mark in marks]
-        whole = re.split("|".join(map(re.escape, marks)), skeleton)
-        if -1 in places or places != sorted(places) or len(whole) != len(messages) + 1:
-            raise UserError(f"{self._source} does not write every message once and in order")
-        for contents in ([m.content for m in messages], [m.content.strip() for m in messages]):
-            if rendered == "".join(w + c for w, c in zip(whole, [*contents, ""], strict=True)):
-                return list(zip(whole, [*messages, None], [*contents, ""], strict=True))
-        raise UserError(f"{self._source} changes what is said, beyond stripping it; only templates that place it work")
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """A whole conversation, of which the last answer is learned, and each before it that stands there as it would
+        if it were the last.
 
-    def _rendered(self, contents: Sequence[str], messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        filled = [{"role": m.role, "content": c} for m, c in zip(messages, contents, strict=True)]
-        return self._render(filled, add_generation_prompt)
+        Raises:
+            UserError: as `prompt`.
+        """
+        return self.rows(messages)[0]
 
-    def _words(self, words: str) -> list[int]:
-        """The template's own words, of which those that spell control tokens are such."""
-        parts = [words] if self._control is None else self._control.split(words)
-        known = self._tokenizer.special_token_ids
-        return [i for part in parts if part for i in ([known[part]] if part in known else self._tokenizer.encode(part))]
+    def rows(self, messages: Sequence[Message]) -> list[Encoded]:
+        """`encode`, and for each answer that is not learned there a row that ends with it: some templates write earlier
+        turns otherwise, without what was thought.
 
+        Raises:
+            UserError: as `prompt`.
+        """
+        check(messages, answered=True)
+        said, guards = self._guarded(messages)
+        ends = [number for number, message in enumerate(said, start=1) if message.role == "assistant"]
+        turns = [self._turn(said[:end], guards) for end in ends]
+        token_ids, _, _ = turns[-1]
+        learned, others = [False] * len(token_ids), []
+        for ids, start, stop in turns:
+            if token_ids[:stop] == ids[:stop]:
+                learned[start:stop] = [True] * (stop - start)
+            else:
+                others.append(Encoded(ids, [start <= i < stop for i in range(len(ids))]))
+        return [Encoded(token_ids, learned), *others]
 
-def chat_format(tokenizer: Tokenizer, template: str = "", source: str = "the chat template") -> ChatFormat:
-    """The format of a template's text; without one ChatML.
+    def _turn(self, said: Sequence[Message], guards: str) -> tuple[list[int], int, int]:
+        """The ids of a conversation, and where in them its last answer begins and ends."""
+        before = self._written(said[:-1], True)
+        answer = self._answer(before, said)
+        prompt, ids = self._ids(before, guards), self._ids(before + answer, guards)
+        if ids[: len(prompt)] != prompt:  # a token reaches over the prompt's end, which sampling never sees
+            ids = [*prompt, *self._ids(answer, guards)]
+        return ids, len(prompt), ids.index(self.end_id, len(prompt)) + 1
 
-    Raises:
-        UserError: as the two formats.
-    """
-    return Template(tokenizer, template, source) if template.strip() not in ("", CHATML.strip()) else ChatML(tokenizer)
+    def _answer(self, before: str, said: Sequence[Message]) -> str:
+        """What follows a prompt: all that the template writes there."""
+        whole, content = self._written(said, False), said[-1].content.strip()
+        if whole.startswith(before):
+            if "".join(content.split()) not in "".join(whole.split()):  # a thought that is left out here is not learned
+                raise self._changed(content)
+            return whole[len(before) :]
+        # The prompt opens what a given answer does not have, such as a thought: the answer goes on from there.
+        same = next(i for i, (a, b) in enumerate(zip(before, f"{whole}\0", strict=False)) if a != b)
+        opened = before[same:].strip()
+        return (content[len(opened) :].lstrip("\n") if content.startswith(opened) else content) + self._closing
 
-
-def template_file(folder: Path) -> Path | None:
-    """The file of a run, or of a Hugging Face directory, that has its template; None: it has not learned to talk."""
-    if (folder / TEMPLATE_FILE).is_file():
-        return folder / TEMPLATE_FILE
-    path = folder / "tokenizer_config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return path if isinstance(values, dict) and isinstance(values.get("chat_template"), str) else None
-
-
-def read_template(path: Path) -> str:
-    """A template's text, from a Jinja file or from the `chat_template` of a `tokenizer_config.json`.
-
-    Raises:
-        UserError: the file is missing, or holds none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.chat_template {path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    if path.suffix != ".json":
+    def _written(self, said: Sequence[Message], add_generation_prompt: bool) -> str:
+        """What the template writes, if all that is said is in it, but for the thoughts of answers."""
+        text = self._render([message._asdict() for message in said], add_generation_prompt)
+        place = 0
+        for role, content in said:
+            content = content.strip()
+            if role == "assistant" and text.find(content, place) < 0:
+                content = content.rpartition(END_OF_THOUGHT)[2].strip()
+            found = text.find(content, place)
+            if found < 0:
+                raise self._changed(content)
+            place = found + len(content)
         return text
-    try:
-        template = json.loads(text)["chat_template"]
-        return template if isinstance(template, str) else {t["name"]: t["template"] for t in template}["default"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"data.chat_template {path} has no text under chat_template") from None
+
+    def _changed(self, content: str) -> UserError:
+        return UserError(f"{self._source} changes what is said, beyond stripping it: {content[:40]!r}")
+
+    def _guarded(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """The messages, each name of a control token in them between two characters that no message has; and these."""
+        for message in messages:
+            self._tokenizer.require_lossless(message.content, self._tokenizer.encode(message.content))
+        if not any(self._control.search(message.content) for message in messages):
+            return list(messages), ""
+        there = set().union(*(message.content for message in messages))
+        opened, closed = itertools.islice((c for c in map(chr, range(0xE000, 0xF900)) if c not in there), 2)
+        return [
+            Message(role, self._control.sub(lambda name: f"{opened}{name[0]}{closed}", content))
+            for role, content in messages
+        ], opened + closed
+
+    def _ids(self, text: str, guards: str) -> list[int]:
+        """Ids of what the template has written, of whose control tokens those between guards are text."""
+        if not guards:
+            return self._tokenizer.encode_rendering(text)
+        ids, plain, place = [], "", 0
+        for match in re.finditer(f"{guards[0]}(.*?){guards[1]}|({self._control.pattern})", text, re.DOTALL):
+            plain, place = plain + text[place : match.start()] + (match[1] or ""), match.end()
+            if match[2]:
+                ids += [*self._tokenizer.encode(plain), self._tokenizer.special_token_ids[match[2]]]
+                plain = ""
+        return [*ids, *self._tokenizer.encode(plain + text[place:])]
 
 
-def _encode(tokenizer: Tokenizer, content: str) -> list[int]:
-    ids = tokenizer.encode(content)
-    tokenizer.require_lossless(content, ids)
-    return ids
+def chat_format(
+    tokenizer: Tokenizer,
+    template: str = "",
+    source: str = "the chat template",
+    today: datetime.date | None = None,
+) -> ChatFormat:
+    """The format of a template's text; without one ChatML (OpenAI's), `<|im_start|>ROLE\\nCONTENT<|im_end|>\\n`.
+
+    Args:
+        source: what errors call the template.
+        today: the date that a template is told; None: the clock's.
+
+    Raises:
+        UserError: as `ChatFormat` and `compile_template`; or the tokenizer has not the tokens of ChatML.
+    """
+    if template.strip() not in ("", CHATML.strip()):
+        render = compile_template(template, source, tokenizer.named_tokens, today)
+        return ChatFormat(tokenizer, template, render, source)
+    missing = [name for name in (START, END) if name not in tokenizer.special_token_ids]
+    if missing:
+        raise UserError(
+            f"the tokenizer has no special token {missing[0]}, which ChatML needs; give --data.chat-template FILE, "
+            f"that of the model's own family; its special tokens are {', '.join(tokenizer.special_token_ids)}"
+        )
+    return ChatFormat(tokenizer, CHATML, _chatml, "ChatML")
 
 
-def _mark(number: int, text: str) -> str:
-    """A word that is not in the text."""
-    return next(mark for n in range(len(text) + 1) if (mark := f"\ue000{n}.{number}\ue001") not in text)
-
-
-BEGINNINGS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>", "<｜begin▁of▁sentence｜>")
-"""What tokenizers call the token before a text, where they have one."""
-
-
-def _named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
-    """The tokens that templates call by their part."""
-    known = tokenizer.special_token_ids
-    end = next(name for name, i in known.items() if i == tokenizer.end_of_text_id)
-    return {"bos_token": next((name for name in BEGINNINGS if name in known), ""), "eos_token": end}
-
-
-def _compiled(template: str, source: str, tokens: Mapping[str, str]) -> Callable[[list[Mapping[str, str]], bool], str]:
-    try:
-        import jinja2
-        import jinja2.sandbox
-    except ModuleNotFoundError:
-        raise UserError('chat templates need jinja2: pip install "gptjax[chat]"') from None
-
-    def refuse(reason: str) -> None:
-        raise UserError(f"{source}: {reason}")
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= tokens | {"raise_exception": refuse, "strftime_now": lambda _: ""}
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-
-    def render(messages: list[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        try:
-            compiled = environment.from_string(template)
-            return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{source} cannot be rendered: {error}") from None
-
-    return render
+def _chatml(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    """`CHATML`, for which no Jinja is needed."""
+    turns = [f"{START}{message['role']}\n{message['content']}{END}\n" for message in messages]
+    return "".join(turns) + f"{START}assistant\n" * add_generation_prompt

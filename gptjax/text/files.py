@@ -9,9 +9,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.special_tokens import read_files
+from gptjax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-TOKENIZER_FILE = "tokenizer.json"
+ADDED_TOKENS = "added_tokens.json"
+"""Further tokens of GPT-2's kind, with the names of Hugging Face: an object, token to id."""
 GPT2_VOCABULARY, GPT2_MERGES = "encoder.json", "vocab.bpe"
 HUGGING_FACE_NAMES = {"vocab.json": "merges.txt", GPT2_VOCABULARY: GPT2_MERGES}
 """The two files of a GPT-2 tokenizer: OpenAI's names, and those that Hugging Face gave them."""
@@ -49,6 +51,8 @@ def _load_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
     """GPT-2's byte-level BPE (Radford et al. 2019) of a JSON object, token to id, and a list of merges."""
     try:
         ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+        beside = vocabulary.with_name(ADDED_TOKENS)
+        added = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
         lines = merges.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"no tokenizer {vocabulary}: {error.filename} is missing beside it") from error
@@ -56,13 +60,13 @@ def _load_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
         raise UserError(f"{vocabulary} is no GPT-2 vocabulary: {error}") from error
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
-        backend = tokenizers.Tokenizer(models.BPE(ids, pairs))
+        backend = tokenizers.Tokenizer(models.BPE(ids | added, pairs))
     except Exception as error:  # the library raises bare Exception
         raise UserError(
             f"{vocabulary} and {merges.name} do not fit together: {' '.join(str(error).split())}"
         ) from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
-    special = [token for token in ids if token.startswith("<|") and token.endswith("|>")]
+    special = [*(token for token in ids if token.startswith("<|") and token.endswith("|>")), *added]
     backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in special])
-    return Tokenizer.of_backend(backend, vocabulary)
+    return Tokenizer.of_backend(backend, vocabulary, read_files(vocabulary.parent))

@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, bytes or characters, each one `tokenizer.json`.
+"""Text to token ids and back: byte-level BPE, bytes, characters or SentencePiece, each one `tokenizer.json`.
 
 All kinds are files in the format of the Hugging Face `tokenizers` library, which trains and runs
 them, so that other programs read them too. What is added here: a kind, the bytes of every token,
@@ -8,82 +8,148 @@ a fingerprint, and the promise that text never becomes a special token.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import unicodedata
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gptjax.config import TokenizerConfig
 from gptjax.errors import UserError
+from gptjax.text.mistaken_files import what_else
+from gptjax.text.special_tokens import TOKENIZER_CONFIG, Files, read_files, roles_of
+from gptjax.text.token_bytes import byte_level_bytes, decoder_types, sentencepiece_bytes
 
+TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
-SPECIAL_TOKENS = (
-    *(END_OF_TEXT, "<|im_start|>", "<|im_end|>", "<|pad|>"),
-    *(f"<|reserved_{i}|>" for i in range(12)),
-)
-"""Reserved names; in every tokenizer trained here they are the ids 0 to 15."""
 END_OF_TEXT_NAMES = (
     *(END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>"),
     *("[EOS]", "<|eos|>", "<|im_end|>"),
 )
-"""What tokenizers call the token that ends a document; the first one that a tokenizer has is meant."""
+"""What tokenizers call the token that ends a document: where no file says which, the first that there is."""
 
-# GPT-4's (`cl100k_base` in tiktoken): contractions, words with one leading mark or space, up to three
-# digits, punctuation with its newlines, newlines with their indentation so far, and other whitespace.
-SPLIT_PATTERN = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
+_ENCODING = threading.Lock()
+"""Held while text is encoded: whether it may spell special tokens is a switch of the library's tokenizer."""
 
 
 class Tokenizer:
     """Text to ids and back; special tokens come only from `special_token_ids`, never from text."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int = 0):
+    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int | None = None, files: Files | None = None):
         """
         Args:
-            vocab_size: ids that there are to be at least; those without a token stand for nothing.
+            vocab_size: ids that there are. Those without a token stand for nothing; tokens beyond it are none. None: as
+                many as there are tokens.
+            files: what the files beside `tokenizer.json` say of special tokens, as `special_tokens.read_files`.
         """
         self._backend = backend
         backend.encode_special_tokens = True  # the file cannot hold it: without it text may spell special tokens
         backend.no_truncation()
         backend.no_padding()
+        self.files = files or {}
+        """What is carried along with `tokenizer.json`: fields by the name of their file."""
+        self._roles = roles_of(self.files)
         self._vocab = backend.get_vocab(with_added_tokens=True)
-        self._added = backend.get_added_tokens_decoder()
+        self._num_tokens = 1 + max(self._vocab.values())
+        self.vocab_size = vocab_size or self._num_tokens
+        """Number of ids, special ones included."""
+        self._added = {i: token for i, token in backend.get_added_tokens_decoder().items() if i < self.vocab_size}
         self.special_token_ids = {token.content: i for i, token in sorted(self._added.items()) if token.special}
         """Id of every special token by its name."""
-        self._num_tokens = 1 + max(self._vocab.values())
-        self.vocab_size = max(self._num_tokens, vocab_size)
-        """Number of ids, special ones included."""
 
     def with_vocab_size(self, vocab_size: int) -> "Tokenizer":
-        """The same with at least so many ids, for a model that has more rows than there are tokens."""
-        return Tokenizer(self._backend, vocab_size)
+        """The same for a model with so many rows, which may be more than there are tokens, or fewer.
+
+        Raises:
+            UserError: there are fewer rows than tokens that text becomes.
+        """
+        beyond = {i: token for token, i in self._vocab.items() if i >= vocab_size}
+        lacking = min((i for i in beyond if i not in self._backend.get_added_tokens_decoder()), default=None)
+        if lacking is not None:
+            raise UserError(
+                f"the tokenizer has {self._num_tokens} tokens, but the model has rows for {vocab_size}: there is none "
+                f"for {beyond[lacking]!r}, id {lacking}; give the tokenizer that the model was trained with"
+            )
+        return Tokenizer(self._backend, vocab_size, self.files)
 
     @property
     def kind(self) -> Literal["bpe", "byte", "char", "sentencepiece"]:
         """The kinds that are trained here, and SentencePiece's, which writes a space as U+2581."""
-        decoders = _decoder_types(self._layout["decoder"])
+        decoders = decoder_types(self._layout["decoder"])
         if "ByteLevel" in decoders:
-            trained = self._merges or self._layout["pre_tokenizer"]["type"] != "ByteLevel"
+            trained = self._merges or (self._layout["pre_tokenizer"] or {}).get("type") != "ByteLevel"
             return "bpe" if trained else "byte"
         return "char" if decoders == ["Fuse"] else "sentencepiece"
 
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """The ids that stand before every text: the BOS token of a tokenizer that adds it (Llama, Gemma), or none.
+
+        As the post-processor of `tokenizer.json` adds them, or `add_bos_token` of `tokenizer_config.json` says.
+        """
+        if self._backend.post_processor is not None:
+            with _ENCODING:
+                added, bare = (self._backend.encode("a", add_special_tokens=add).ids for add in (True, False))
+            start = next((i for i in range(len(added)) if added[i : i + len(bare)] == bare), 0)
+            if start:
+                return tuple(added[:start])
+        bos = self.special_token_ids.get(self._roles.named.get("bos_token", ""))
+        asked = self.files.get(TOKENIZER_CONFIG, {}).get("add_bos_token") is True
+        return (bos,) if asked and bos is not None else ()
+
+    @cached_property
+    def end_of_text_id(self) -> int | None:
+        """Id of the token that ends every document; None where the tokenizer has no such token."""
+        said = self.special_token_ids.get(self._roles.end_of_document or "")
+        if said is not None:
+            return said
+        return next(
+            (self.special_token_ids[name] for name in END_OF_TEXT_NAMES if name in self.special_token_ids), None
+        )
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end what the model writes; none where the tokenizer has no such token, so that length alone does."""
+        known = [i for i in self._roles.stop_ids if i < self.vocab_size]
+        named = self.special_token_ids.get(self._roles.named.get("eos_token", ""))
+        return tuple(dict.fromkeys(i for i in (*known, named, self.end_of_text_id) if i is not None))
+
     @property
-    def end_of_text_id(self) -> int:
-        """Id of the token that ends every document."""
-        return next(self.special_token_ids[name] for name in END_OF_TEXT_NAMES if name in self.special_token_ids)
+    def document_start(self) -> tuple[int, ...]:
+        """The ids before a document's first token: `opening`, or the end of the document before it.
+
+        Raises:
+            UserError: as `require_end_of_text`.
+        """
+        return self.opening or (self.require_end_of_text(),)
+
+    @property
+    def padding_id(self) -> int:
+        """What rows are filled up with: no token is ever predicted there."""
+        return self.special_token_ids.get(self._roles.named.get("pad_token", ""), self.end_of_text_id or 0)
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """`bos_token`, `eos_token` and their like by these names, for chat templates."""
+        names = {i: name for name, i in self.special_token_ids.items()}
+        bos = names[self.opening[-1]] if self.opening else ""
+        return {"bos_token": bos, "eos_token": names.get(self.end_of_text_id, "")} | self._roles.named
+
+    def require_end_of_text(self) -> int:
+        """`end_of_text_id`.
+
+        Raises:
+            UserError: the tokenizer has no special token that ends a document.
+        """
+        if self.end_of_text_id is None:
+            raise UserError(
+                "the tokenizer has no special token that ends a document: tokenizer_config.json beside its "
+                "tokenizer.json should name one as eos_token; its own are "
+                f"{', '.join(self.special_token_ids) or 'none'}"
+            )
+        return self.end_of_text_id
 
     @cached_property
     def prefix(self) -> bytes:
@@ -103,11 +169,40 @@ class Tokenizer:
         """Ids of many texts, on all cores.
 
         Raises:
-            UserError: as `encode`.
+            UserError: as `encode`; or a text has a token for which the model has no row.
         """
         for text in texts:
             self._require_encodable(text)
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with _ENCODING:
+            found = [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self.vocab_size < self._num_tokens:
+            for text, ids in zip(texts, found, strict=True):
+                self._require_rows(text, ids)
+        return found
+
+    def encode_rendering(self, text: str) -> list[int]:
+        """Ids of what a chat template has written, in which names of special tokens are these.
+
+        Raises:
+            UserError: as `encode_batch`.
+        """
+        self._require_encodable(text)
+        with _ENCODING:
+            self._backend.encode_special_tokens = False
+            try:
+                ids = self._backend.encode(text, add_special_tokens=False).ids
+            finally:
+                self._backend.encode_special_tokens = True
+        self._require_rows(text, ids)
+        return ids
+
+    def _require_rows(self, text: str, ids: Sequence[int]) -> None:
+        beyond = next((i for i in ids if i >= self.vocab_size), None)
+        if beyond is not None:
+            raise UserError(
+                f"the text {text[:40]!r} has the token {self._backend.id_to_token(beyond)!r}, id {beyond}, but the "
+                f"model has rows for {self.vocab_size} ids only; leave it out of the text"
+            )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of the ids; bytes that are no UTF-8 become U+FFFD, special tokens vanish or give their name.
@@ -127,9 +222,11 @@ class Tokenizer:
 
     @cached_property
     def _token_bytes(self) -> list[bytes]:
-        bytes_of = {"char": str.encode, "sentencepiece": _sentencepiece_bytes}.get(self.kind, _byte_level_bytes)
+        bytes_of = {"char": str.encode, "sentencepiece": sentencepiece_bytes}.get(self.kind, byte_level_bytes)
         table = [b""] * self.vocab_size
         for token, i in self._vocab.items():
+            if i >= self.vocab_size:
+                continue
             if i in self._added:  # stands for what it says, or for nothing
                 table[i] = b"" if self._added[i].special else token.encode()
             else:
@@ -139,12 +236,15 @@ class Tokenizer:
     def require_lossless(self, text: str, ids: Sequence[int]) -> None:
         """Check that a text's ids stand for all its bytes and nothing else.
 
+        A tokenizer that composes characters (NFC, as Qwen's does) writes some texts otherwise, to the same reader.
+
         Raises:
             UserError: they do not, as where the tokenizer normalizes text or has no token for a character.
         """
         table, expected = self._token_bytes, text.encode()
         actual = b"".join([table[i] for i in ids])
-        if actual not in (expected, self.prefix + expected):
+        composed = unicodedata.normalize("NFC", text).encode()
+        if actual not in (expected, self.prefix + expected, composed, self.prefix + composed):
             actual = actual.removeprefix(self.prefix)
             at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(actual))
             was, became = (raw[max(0, at - 10) : at + 20].decode(errors="replace") for raw in (expected, actual))
@@ -156,12 +256,21 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """sha256, in hex, of everything that decides how text becomes ids."""
-        parts = [self._vocab, self._merges, self.special_token_ids, self._layout]
+        parts: list[object] = [self._vocab, self._merges, self.special_token_ids, self._layout]
+        if self.opening or self._roles.end_of_document is not None:
+            parts.append([self.opening, self.end_of_text_id])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `tokenizer.json`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write `tokenizer.json`, and beside it the files that are carried along."""
+        for name, text in self.texts().items():
+            place = Path(path) if name == TOKENIZER_FILE else Path(path).with_name(name)
+            place.write_text(text, encoding="utf-8")
+
+    def texts(self) -> dict[str, str]:
+        """What `tokenizer.json` and the files beside it hold, by their names."""
+        beside = {name: json.dumps(values, indent=2, ensure_ascii=False) + "\n" for name, values in self.files.items()}
+        return {TOKENIZER_FILE: self.to_json()} | beside
 
     def to_json(self) -> str:
         """What `tokenizer.json` holds."""
@@ -171,8 +280,10 @@ class Tokenizer:
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Read a `tokenizer.json`: one trained here, or any whose tokens are bytes or pieces of text.
 
+        Special tokens are for what the files beside it say.
+
         Raises:
-            UserError: the file is missing or no such tokenizer, or no special token ends a document.
+            UserError: the file is missing or no such tokenizer.
         """
         try:
             raw = Path(path).read_bytes()
@@ -181,29 +292,31 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer.json: {_what_else(raw, Path(path), error)}") from error
-        return cls.of_backend(backend, path)
+            raise UserError(f"{path} is not a tokenizer.json: {what_else(raw, Path(path), error)}") from error
+        return cls.of_backend(backend, path, read_files(Path(path).parent))
 
     @classmethod
-    def of_backend(cls, backend: tokenizers.Tokenizer, path: str | os.PathLike) -> "Tokenizer":
+    def of_backend(
+        cls, backend: tokenizers.Tokenizer, path: str | os.PathLike, files: Files | None = None
+    ) -> "Tokenizer":
         """Check that a tokenizer of the library can be used, and name `path` where it cannot.
+
+        Tokens that the files name become special, if they are not yet.
 
         Raises:
             UserError: as `load`.
         """
-        types = _decoder_types(json.loads(backend.to_str())["decoder"])
+        types = decoder_types(json.loads(backend.to_str())["decoder"])
         if "ByteLevel" not in types and types != ["Fuse"] and not {"ByteFallback", "Metaspace"} & set(types):
             raise UserError(
                 f"{path} has {' and '.join(types) or 'no'} decoder, from which text does not come back as it was; what "
                 "works is byte-level or SentencePiece's, or a char tokenizer of gptjax"
             )
-        tokenizer = cls(backend)
-        if not set(END_OF_TEXT_NAMES) & set(tokenizer.special_token_ids):
-            raise UserError(
-                f"{path} has no special token that ends a document, such as {END_OF_TEXT} or </s>; its own are "
-                f"{', '.join(tokenizer.special_token_ids) or 'none'}"
-            )
-        return tokenizer
+        there = backend.get_vocab(with_added_tokens=True)
+        special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        named = [name for name in roles_of(files or {}).named.values() if name in there and name not in special]
+        backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in named])
+        return cls(backend, files=files)
 
     @cached_property
     def _file(self) -> dict:
@@ -235,114 +348,3 @@ class Tokenizer:
                 f"the char tokenizer has never seen {first!r} (U+{ord(first):04X}), only its {len(self._alphabet)} "
                 "characters; tokenizer.kind byte and bpe know them all"
             )
-
-
-def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that `config` asks for; equal texts in equal order give equal tokenizers.
-
-    A `bpe` vocabulary is smaller than asked where the texts hold too few pairs to merge. `byte` does not
-    look at the texts, and `char` knows just the characters in them.
-    """
-    match config.kind:
-        case "bpe":
-            backend = _train_bpe(texts, config.vocab_size)
-        case "byte":
-            backend = tokenizers.Tokenizer(models.BPE(_numbered(_CHARACTER_OF_BYTE), []))
-            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            backend.decoder = decoders.ByteLevel()
-        case "char":
-            # BPE without merges: it neither splits nor copies the text, so it is five times as fast as WordLevel.
-            backend = tokenizers.Tokenizer(models.BPE(_numbered(sorted(set().union(*texts))), []))
-            backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in SPECIAL_TOKENS])
-    return Tokenizer(backend)
-
-
-# Where every byte-level tokenizer that we know splits, GPT-2's, GPT-4's and ours among them: after a line break
-# between visible characters, and before a single space between them.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
-_CUT_SEARCH_CHARACTERS = 4096
-
-
-def split_text(text: str, max_characters: int) -> Iterator[str]:
-    """Cut a long text into pieces that encode, one by one, to the ids of the whole.
-
-    The cuts are between words or lines, where byte-level tokenizers always split. A text without such a
-    place in the last 4096 of `max_characters` is cut there, and its ids may differ around the cut.
-    """
-    start = 0
-    while len(text) - start > max_characters:
-        end = start + max_characters
-        cuts = _CUT.finditer(text, max(start + 1, end - _CUT_SEARCH_CHARACTERS), end + 1)
-        cut = max((match.start() for match in cuts if match.start() <= end), default=end)
-        yield text[start:cut]
-        start = cut
-    yield text[start:]
-
-
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=_CHARACTER_OF_BYTE,
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return backend
-
-
-def _numbered(alphabet: Sequence[str]) -> dict[str, int]:
-    return {token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
-
-
-def _printable_bytes() -> list[str]:
-    """The character by which byte-level BPE writes each byte: itself if visible in Latin-1, else from U+0100 on."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    stand_ins = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(stand_ins)) for byte in range(256)]
-
-
-_CHARACTER_OF_BYTE = _printable_bytes()
-_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_CHARACTER_OF_BYTE)}
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    return bytes(_BYTE_OF_CHARACTER[character] for character in token)
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-        return bytes.fromhex(match[1])
-    return token.replace("▁", " ").encode()
-
-
-def _what_else(raw: bytes, path: Path, error: Exception) -> str:
-    """What a file that the library does not read is instead, and what helps."""
-    beside = path.with_name("tokenizer.json")
-    hint = f"; did you mean {beside}?" if beside.is_file() and beside != path else ""
-    try:
-        values = json.loads(raw)
-    except ValueError:
-        if path.suffix == ".model":
-            convert = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT) of transformers writes one"
-            return f"it is a model of SentencePiece, which has to be converted: {hint.removeprefix('; ') or convert}"
-        return f"it is no JSON, as the Hugging Face tokenizers library writes it{hint}"
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        return f"it has no vocabulary under 'model', where the Hugging Face tokenizers library writes it{hint}"
-    return " ".join(str(error).split())
-
-
-def _decoder_types(decoder: dict | None) -> list[str]:
-    """The types of a decoder's steps, as its file names them."""
-    if decoder is None:
-        return []
-    return [step["type"] for step in decoder["decoders"]] if decoder["type"] == "Sequence" else [decoder["type"]]

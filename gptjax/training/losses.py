@@ -239,8 +239,23 @@ def loss_of_labels(
     return output
 
 
+CHUNK_BYTES = 2**28
+"""What the float32 logits of a forward pass may take at once, where nobody says how many tokens a chunk has."""
+
+
+def bounded_chunk(config: ModelConfig, num_tokens: int) -> int:
+    """Tokens whose logits a forward pass holds at once; 0: all."""
+    most = CHUNK_BYTES // (4 * config.padded_vocab_size)
+    return 0 if num_tokens <= most else max(1, most)
+
+
 def language_model_loss(
-    model: GPT, z_loss: float = 0.0, separator: int | None = None, chunk_tokens: int = 0, packed: bool = False
+    model: GPT,
+    z_loss: float = 0.0,
+    separator: int | None = None,
+    chunk_tokens: int = 0,
+    packed: bool = False,
+    opening: int | None = None,
 ) -> Loss:
     """Next-token cross-entropy plus `z_loss` · log²Z (PaLM, Chowdhery et al. 2022).
 
@@ -251,6 +266,7 @@ def language_model_loss(
             batch says which documents it holds.
         chunk_tokens: as `loss_of_labels` takes it.
         packed: as `inputs_and_labels` takes it.
+        opening: the token that stands before every document, which nothing predicts; None: there is none.
     """
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None):
@@ -260,6 +276,8 @@ def language_model_loss(
             {"params": params}, inputs_BT, **places, dropout_key=dropout_key, output=output
         )
         mask_BT = lay_out(batch["loss_mask"][:, 1:]) if "loss_mask" in batch else jnp.ones_like(nll_BT)
+        if opening is not None:
+            mask_BT = jnp.where(labels_BT == opening, 0.0, mask_BT)
         total = ((nll_BT + z_loss * jnp.square(log_z_BT)) * mask_BT).sum()
         return total, {"weight": mask_BT.sum(dtype=jnp.float32), "loss": (nll_BT * mask_BT).sum()}
 

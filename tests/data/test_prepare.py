@@ -16,7 +16,7 @@ from gptjax.data import prepare as preparing
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import open_prepared
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 BYTE = TokenizerConfig(kind="byte")
 

@@ -18,7 +18,7 @@ from gptjax.data.shards import (
     token_dtype,
 )
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 
 @given(

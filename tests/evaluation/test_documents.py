@@ -21,7 +21,7 @@ from gptjax.evaluation.documents import (
 )
 from gptjax.evaluation.perplexity import evaluate
 from gptjax.model.gpt import GPT
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 SEPARATOR, CONTEXT = 0, 16  # the tiny model's
 RANDOM = np.random.default_rng(0)

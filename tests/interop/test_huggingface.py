@@ -18,7 +18,7 @@ from gptjax.interop.families import FAMILIES
 from gptjax.interop.transfer import export_run, find_source, import_model
 from gptjax.model.gpt import GPT
 from gptjax.presets import gpt3
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 from gptjax.training.load import load_run
 from gptjax.training.state import init_params
 

@@ -93,7 +93,7 @@ def test_a_trained_run_goes_on_as_transformers_does(inside, tmp_path):
     )[0, len(prompt) :].tolist()
     with jax.set_mesh(one_device_mesh()):
         chunks = generate_tokens(
-            run.config.model, run.params, [prompt], SamplingConfig(max_tokens=40, temperature=0), -1
+            run.config.model, run.params, [prompt], SamplingConfig(max_tokens=40, temperature=0), ()
         )
         found = [token for (chunk,) in chunks for token in chunk.token_ids]
     assert found == expected
@@ -124,7 +124,7 @@ def test_a_directory_is_a_run(inside, tmp_path):
 
 
 def made_with_tokenizer(directory: Path, rows: int) -> Path:
-    from gptjax.text.tokenizer import train_tokenizer
+    from gptjax.text.tokenizer_training import train_tokenizer
 
     tokenizer = train_tokenizer(["the cat sat on the mat " * 60], TokenizerConfig(vocab_size=300))
     config = transformers.Qwen3Config(

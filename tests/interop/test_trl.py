@@ -19,7 +19,7 @@ datasets = pytest.importorskip("datasets")
 from gptjax.config import ModelConfig, TokenizerConfig  # noqa: E402  after what may be missing
 from gptjax.interop import huggingface  # noqa: E402
 from gptjax.model.gpt import GPT  # noqa: E402
-from gptjax.text.tokenizer import train_tokenizer  # noqa: E402
+from gptjax.text.tokenizer_training import train_tokenizer  # noqa: E402
 from gptjax.training.policy_losses import group_advantages, policy_loss  # noqa: E402
 from gptjax.training.preference_losses import log_probabilities, pair_loss  # noqa: E402
 from gptjax.training.state import init_params  # noqa: E402

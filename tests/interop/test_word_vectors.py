@@ -11,7 +11,7 @@ from gptjax.config_files import load_config
 from gptjax.errors import UserError
 from gptjax.interop.word_vectors import embed_words, read_vectors
 from gptjax.stages.train import train
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 from gptjax.training.load import load_run
 from gptjax.training.metrics import Console
 

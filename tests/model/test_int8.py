@@ -71,7 +71,7 @@ def test_the_model_is_that_of_the_rounded_weights(model):
     assert {name for name, is_rounded in kinds.items() if is_rounded} == {"w", "embedding"}
     sampling = SamplingConfig(max_tokens=8, temperature=0)
     texts = [
-        list(generate_tokens(config, p, [[3, 1, 4], [1]], sampling, -1, 8, None, decoding))
+        list(generate_tokens(config, p, [[3, 1, 4], [1]], sampling, (), 8, None, decoding))
         for p, decoding in ((params, INT8), (rounded, DecodingConfig()), (again, DecodingConfig()))
     ]
     assert texts[0] == texts[1] == texts[2]
@@ -95,11 +95,11 @@ def test_sharded(model):
     """Columns, rows and vocabulary in pieces: the texts of one device."""
     config, params = model
     sampling = SamplingConfig(max_tokens=8, temperature=1.0)
-    expected = list(generate_tokens(config, params, [[3, 1, 4], [1]], sampling, -1, 8, None, INT8))
+    expected = list(generate_tokens(config, params, [[3, 1, 4], [1]], sampling, (), 8, None, INT8))
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(lambda: GPT(config).init(jax.random.key(0), jnp.zeros((4, 8), jnp.int32))["params"])
         laid_out = jax.tree.map(
             lambda x, like: jax.device_put(x, jax.NamedSharding(mesh, like.sharding.spec)), params, shapes
         )
-        assert list(generate_tokens(config, laid_out, [[3, 1, 4], [1]], sampling, -1, 8, None, INT8)) == expected
+        assert list(generate_tokens(config, laid_out, [[3, 1, 4], [1]], sampling, (), 8, None, INT8)) == expected

@@ -49,6 +49,8 @@ def model(make_model):
 class ByteTokenizer:
     vocab_size = 257
     end_of_text_id = 256
+    stop_ids = (256,)
+    opening = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

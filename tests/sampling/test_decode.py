@@ -14,7 +14,7 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
-from gptjax.sampling.rows import generate_tokens
+from gptjax.sampling.rows import generate_tokens, stop_array
 
 PROMPTS = [[7, 3, 250, 3, 9], [1], [*range(20, 31)]]
 END_OF_TEXT = 256
@@ -22,9 +22,9 @@ GREEDY = SamplingConfig(max_tokens=20, temperature=0)
 DRAWN = SamplingConfig(max_tokens=20, temperature=1.5, top_k=200, top_p=0.9, min_p=0.001, repetition_penalty=1.2)
 
 
-def new_tokens(model, prompts, sampling, end_of_text_id=-1, chunk_tokens=10) -> list[list[int]]:
+def new_tokens(model, prompts, sampling, stop_ids=(), chunk_tokens=10) -> list[list[int]]:
     """All tokens of each row; by default no token ends one."""
-    chunks = generate_tokens(*model, prompts, sampling, end_of_text_id, chunk_tokens)
+    chunks = generate_tokens(*model, prompts, sampling, stop_ids, chunk_tokens)
     return [[token for chunk in row for token in chunk.token_ids] for row in zip(*chunks, strict=True)]
 
 
@@ -138,7 +138,7 @@ def test_finished_rows_draw_nothing_else(model):
     seen = jnp.zeros(prefilled.logits_BV.shape, bool)
     ends = jnp.full(3, 48)
     state = start_decoding(prefilled, jnp.arange(3), ends, seen, row_keys(0, 3))
-    (tokens, _), state = decode_n_tokens(config, params, state, {}, end, 20)
+    (tokens, _), state = decode_n_tokens(config, params, state, {}, stop_array([end]), 20)
     cut = free[0].index(end)
     assert tokens[0].tolist() == free[0][:cut] + [end] * (20 - cut)
     assert tokens[1].tolist() == free[1]

@@ -59,7 +59,7 @@ def test_end_of_text_token(model, tokenizer):
     free = generate(*model, tokenizer, ["a", "b"], HOT)
     end = free[0].token_ids[9]
     rows = [TextStream(tokenizer.token_bytes()) for _ in free]
-    for chunk in generate_tokens(*model, [[97], [98]], HOT, end, chunk_tokens=8):
+    for chunk in generate_tokens(*model, [[97], [98]], HOT, (end,), chunk_tokens=8):
         for row, tokens in zip(rows, chunk, strict=True):
             row.push(*tokens)
     for row, before in zip(rows, free, strict=True):
@@ -71,8 +71,8 @@ def test_end_of_text_token(model, tokenizer):
 def test_all_rows_finished_ends_the_loop(model):
     """Greedy rows that end in the first chunk are not followed by a second one."""
     prompts, sampling = [[5]], SamplingConfig(max_tokens=40, temperature=0)
-    first = next(generate_tokens(*model, prompts, sampling, -1, chunk_tokens=8))[0].token_ids[0]
-    assert list(generate_tokens(*model, prompts, sampling, first, chunk_tokens=8)) == [[([], "stop")]]
+    first = next(generate_tokens(*model, prompts, sampling, (), chunk_tokens=8))[0].token_ids[0]
+    assert list(generate_tokens(*model, prompts, sampling, (first,), chunk_tokens=8)) == [[([], "stop")]]
 
 
 def test_context_ends_first(model, tokenizer):
@@ -84,7 +84,7 @@ def test_context_ends_first(model, tokenizer):
 
 
 def test_empty_prompt_is_the_start_of_a_document(model, tokenizer):
-    (chunk,) = next(generate_tokens(*model, [[tokenizer.end_of_text_id]], HOT, tokenizer.end_of_text_id))
+    (chunk,) = next(generate_tokens(*model, [[tokenizer.end_of_text_id]], HOT, tokenizer.stop_ids))
     completion = generate(*model, tokenizer, [""], HOT)[0]
     assert completion.token_ids[: len(chunk.token_ids)] == chunk.token_ids
     assert generate(*model, tokenizer, []) == []
@@ -139,6 +139,8 @@ class SpaceTokenizer:
 
     vocab_size = 257
     end_of_text_id = 256
+    stop_ids = (256,)
+    opening = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

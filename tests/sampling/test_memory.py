@@ -38,4 +38,4 @@ def test_before_anything_runs(model, monkeypatch):
     """Said at the call, not at the first token."""
     monkeypatch.setattr(memory, "_memory_bytes", lambda device: 1_000_000)
     with pytest.raises(UserError, match="keys and values of 1000 rows of"):
-        generate_tokens(*model, [[1, 2, 3]] * 1000, SamplingConfig(max_tokens=50), 256)
+        generate_tokens(*model, [[1, 2, 3]] * 1000, SamplingConfig(max_tokens=50), (256,))

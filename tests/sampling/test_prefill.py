@@ -10,7 +10,7 @@ from gptjax.model.gpt import GPT
 from gptjax.sampling import rows as rows_module
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
 from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
-from gptjax.sampling.rows import generate_tokens
+from gptjax.sampling.rows import generate_tokens, stop_array
 
 RANDOM = np.random.default_rng(0)
 PROMPTS = [RANDOM.integers(0, 256, n).tolist() for n in (30, 3, 17)]
@@ -40,7 +40,9 @@ def test_chunks_do_not_matter(make_model, switches):
     for chunk in (32, 7):
         found = prefill(config, params, tokens, lengths, 48, chunk_tokens=chunk, with_logprobs=True)
         state = start_decoding(found, jnp.arange(3), jnp.full(3, 48), jnp.zeros((3, 384), bool), row_keys(0, 3))
-        drawn, _ = decode_n_tokens(config, decoding_params(config, params), state, {}, -1, 12, with_logprobs=True)
+        drawn, _ = decode_n_tokens(
+            config, decoding_params(config, params), state, {}, stop_array(()), 12, with_logprobs=True
+        )
         results.append((found.logits_BV, found.logprobs_BT, drawn.logprobs_BN, drawn.tokens_BN))
     for one, five in zip(*results, strict=True):
         np.testing.assert_allclose(one, five, atol=2e-5)
@@ -62,7 +64,7 @@ def test_log_probabilities_are_those_of_training(make_model, dtype, tolerance):
     found = prefill(config, params, tokens, lengths, 48, with_logprobs=True)
     state = start_decoding(found, jnp.arange(3), jnp.full(3, 48), jnp.zeros((3, 384), bool), row_keys(0, 3))
     settings = {"temperature": 0.7, "top_p": 0.9}  # what is drawn from is not what log-probabilities are of
-    drawn, _ = decode_n_tokens(config, params, state, settings, -1, 10, with_logprobs=True)
+    drawn, _ = decode_n_tokens(config, params, state, settings, stop_array(()), 10, with_logprobs=True)
     texts = [p + drawn.tokens_BN[row].tolist() for row, p in enumerate(PROMPTS)]
     expected = log_softmax(model, padded(texts, 48)[0])
     for row, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
@@ -84,10 +86,10 @@ def test_equal_prompts_are_prefilled_once(model, monkeypatch):
     monkeypatch.setattr(rows_module, "prefill", spy)
     prompts = [PROMPTS[0], PROMPTS[1], *[PROMPTS[0]] * 3]
     sampling = SamplingConfig(max_tokens=8, temperature=1.5)
-    rows = [list(row) for row in zip(*generate_tokens(*model, prompts, sampling, -1, 8), strict=True)]
+    rows = [list(row) for row in zip(*generate_tokens(*model, prompts, sampling, (), 8), strict=True)]
     assert seen == [(2, 32)]
     assert len({tuple(row[0].token_ids) for row in rows}) == 5
-    alone = next(generate_tokens(*model, [PROMPTS[0]], sampling, -1, 8))
+    alone = next(generate_tokens(*model, [PROMPTS[0]], sampling, (), 8))
     assert alone == rows[0]
 
 
@@ -99,7 +101,7 @@ def test_a_growing_cache_draws_the_same(make_model, monkeypatch):
     texts = []
     for elements in (10**9, 0):
         monkeypatch.setattr(rows_module, "cache_elements", lambda *_, elements=elements: elements)
-        texts.append(list(generate_tokens(*model, [PROMPTS[1]] * 2, sampling, -1, 8)))
+        texts.append(list(generate_tokens(*model, [PROMPTS[1]] * 2, sampling, (), 8)))
     assert texts[0] == texts[1]
 
 
@@ -141,7 +143,7 @@ def test_rounded_keys_and_values(make_model):
     np.testing.assert_allclose(*(f.logprobs_BT.sum() for f in found), rtol=2e-2)
     sampling = SamplingConfig(max_tokens=12, temperature=0)
     rows = [
-        list(generate_tokens(config, params, PROMPTS, sampling, -1, 12, None, DecodingConfig(kv_cache=kind)))
+        list(generate_tokens(config, params, PROMPTS, sampling, (), 12, None, DecodingConfig(kv_cache=kind)))
         for kind in ("full", "int8")
     ]
     assert [r.token_ids[:1] for r in rows[0][0]] == [r.token_ids[:1] for r in rows[1][0]]

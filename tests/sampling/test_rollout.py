@@ -29,7 +29,7 @@ def sharp(config, seed=0):
 
 def drawn(config, params, temperature=1.0, tokens=8, seed=0, end=END, **options):
     sampling = SamplingConfig(max_tokens=tokens, temperature=temperature)
-    return rollout(config, params, PROMPTS, 2, sampling, end, jax.random.key(seed), prompt_tokens=8, **options)
+    return rollout(config, params, PROMPTS, 2, sampling, (end,), jax.random.key(seed), prompt_tokens=8, **options)
 
 
 def judged(config, params, found, temperature=1.0, shift=0):
@@ -130,7 +130,6 @@ def test_what_does_not_fit_is_refused(tiny):
     params = sharp(tiny)
     with pytest.raises(UserError, match="prompts of 8 tokens and answers of 9 do not fit the context of 16"):
         drawn(tiny, params, tokens=9)
+    filtered = SamplingConfig(max_tokens=4, top_p=0.9)
     with pytest.raises(UserError, match="temperature alone, not by top_p"):
-        rollout(
-            tiny, params, PROMPTS, 1, SamplingConfig(max_tokens=4, top_p=0.9), END, jax.random.key(0), prompt_tokens=8
-        )
+        rollout(tiny, params, PROMPTS, 1, filtered, (END,), jax.random.key(0), prompt_tokens=8)

@@ -17,7 +17,7 @@ from gptjax.sampling import memory, speculative
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
 from gptjax.sampling.decode import decoding_params, prefill, row_keys, start_decoding
 from gptjax.sampling.filters import filter_settings
-from gptjax.sampling.rows import Draft, generate_tokens
+from gptjax.sampling.rows import Draft, generate_tokens, stop_array
 
 PROMPTS = [[7, 3, 250, 3, 9, 7, 3, 250], [1], [*range(20, 31)]]
 GREEDY = SamplingConfig(max_tokens=24, temperature=0)
@@ -26,7 +26,7 @@ ALL_FILTERS = SamplingConfig(max_tokens=24, temperature=1.5, top_k=200, top_p=0.
 PLAIN, THREE = DecodingConfig(), DecodingConfig(draft_tokens=3)
 
 
-def new_tokens(model, prompts, sampling, decoding, draft=None, end=-1, chunk_tokens=10) -> list[list[int]]:
+def new_tokens(model, prompts, sampling, decoding, draft=None, end=(), chunk_tokens=10) -> list[list[int]]:
     chunks = generate_tokens(*model, prompts, sampling, end, chunk_tokens, None, decoding, draft)
     return [[token for chunk in row for token in chunk.token_ids] for row in zip(*chunks, strict=True)]
 
@@ -76,7 +76,7 @@ def run(model, state, settings, rounds, guesses, draft, **more):
     if draft is not None:
         more |= {"draft_config": draft.config, "draft_params": decoding_params(*draft)}
     found, state = speculative.decode_n_rounds(
-        config, decoding_params(config, params), state, settings, -1, rounds, guesses, **more
+        config, decoding_params(config, params), state, settings, stop_array(()), rounds, guesses, **more
     )
     counts_BR = np.asarray(found.counts_BR)
     counts = np.arange(guesses + 1) < counts_BR[..., None]
@@ -254,7 +254,7 @@ def test_a_shorter_context_of_the_draft(make_model, model):
     with pytest.raises(
         UserError, match="context_length is 35, but the longest text may have 36 tokens; ask for 1 fewer"
     ):
-        generate_tokens(*model, PROMPTS, dataclasses.replace(GREEDY, max_tokens=25), -1, 8, None, THREE, short)
+        generate_tokens(*model, PROMPTS, dataclasses.replace(GREEDY, max_tokens=25), (), 8, None, THREE, short)
 
 
 def test_a_draft_that_does_not_fit(make_model, model, draft, monkeypatch):
@@ -262,12 +262,12 @@ def test_a_draft_that_does_not_fit(make_model, model, draft, monkeypatch):
 
     def refused(decoding, draft):
         with pytest.raises(UserError) as said:
-            generate_tokens(*model, PROMPTS, GREEDY, -1, 8, None, decoding, draft)
+            generate_tokens(*model, PROMPTS, GREEDY, (), 8, None, decoding, draft)
         return str(said.value)
 
     assert "the draft's model.vocab_size is 100, and the model's 257" in refused(THREE, make_model(vocab_size=100))
     assert "draft_tokens is 0" in refused(PLAIN, draft)
     large = make_model(model_dim=64)
     monkeypatch.setattr(memory, "_memory_bytes", lambda device: 200_000)
-    generate_tokens(*model, PROMPTS, GREEDY, -1, 8, None, THREE, draft)
+    generate_tokens(*model, PROMPTS, GREEDY, (), 8, None, THREE, draft)
     assert "do not fit" in refused(THREE, large)

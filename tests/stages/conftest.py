@@ -18,7 +18,7 @@ from gptjax.config import (
     TrainingConfig,
 )
 from gptjax.stages.train import train
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

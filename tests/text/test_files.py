@@ -12,7 +12,9 @@ from tokenizers import Tokenizer as Backend
 from gptjax.config import TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.text.files import load_tokenizer
-from gptjax.text.tokenizer import Tokenizer, split_text, train_tokenizer
+from gptjax.text.splitting import split_text
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 CORPUS = [
     "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n" * 5,
@@ -176,6 +178,7 @@ SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x08\n\x03\xe2\
         ("tokenizer.model", SENTENCEPIECE, "it is a model of SentencePiece, which has to be converted: AutoTokenizer"),
         ("weights.bin", b"\x80\xff", "it is no JSON"),
         ("notes.txt", b"some text", "it is no JSON"),
+        ("tokenizer.model", b"IQ== 0\nIg== 1\n", "it is a tokenizer of tiktoken"),
     ],
 )
 def test_files_of_another_kind_are_told_what_is_read(gpt2, tmp_path, name, content, expected):
@@ -200,7 +203,6 @@ def test_files_of_another_kind_are_told_what_is_read(gpt2, tmp_path, name, conte
         ({"encoder.json": "{}"}, "vocab.bpe is missing"),
         ({"encoder.json": "[", "vocab.bpe": ""}, "no GPT-2 vocabulary"),
         ({"encoder.json": '{"a": 0, "<|endoftext|>": 1}', "vocab.bpe": "#version: 0.2\na b\n"}, "do not fit together"),
-        ({"encoder.json": '{"a": 0}', "vocab.bpe": "#version: 0.2\n"}, "no special token that ends a document"),
         ({"tokenizer.json": '{"model": 1}'}, "is not a tokenizer.json"),
     ],
 )

@@ -2,7 +2,7 @@ import pytest
 
 from gptjax.config import TokenizerConfig
 from gptjax.text.labels import token_label, token_labels
-from gptjax.text.tokenizer import train_tokenizer
+from gptjax.text.tokenizer_training import train_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from gptjax.config import TokenizerConfig
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, split_text, train_tokenizer
+from gptjax.text.splitting import split_text
+from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer_training import SPECIAL_TOKENS, SPLIT_PATTERN, train_tokenizer
 
 CORPUS = [
     "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n" * 5,
@@ -183,5 +185,9 @@ def test_foreign_tokenizers_are_told_apart(bpe, tmp_path):
         Tokenizer.load(path)
     renamed = json.dumps(values).replace("<|endoftext|>", "<|over|>").replace("<|im_end|>", "<|done|>")
     path.write_text(renamed)
-    with pytest.raises(UserError, match=r"no special token that ends a document.*its own are <\|over\|>, "):
-        Tokenizer.load(path)
+    endless = Tokenizer.load(path)
+    assert (endless.end_of_text_id, endless.stop_ids, endless.opening) == (None, (), ())
+    with pytest.raises(
+        UserError, match=r"no special token that ends a document: tokenizer_config.json .* <\|over\|>, "
+    ):
+        endless.require_end_of_text()
