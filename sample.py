@@ -22,12 +22,12 @@ def main(arguments: Sequence[str]) -> int:
 
     import jax
 
+    from gptjax.interop.places import template_of
     from gptjax.parallel.mesh import one_device_mesh
     from gptjax.stages.chats import layout_of_run
-    from gptjax.text.templates import template_file
     from gptjax.training.load import load_run
 
-    talks = not parsed.prompt and template_file(directory) is not None and parsed.json is None
+    talks = not parsed.prompt and template_of(directory) is not None and parsed.json is None
     with jax.set_mesh(one_device_mesh()):
         run = load_run(directory, parsed.step)
         if parsed.message or parsed.system or talks:

@@ -84,6 +84,7 @@ def main(arguments: Sequence[str]) -> int:
         if not token_ids:
             raise UserError("--text is empty; give some words")
         run.tokenizer.require_lossless(parsed.text, token_ids)
+        token_ids = [*run.tokenizer.opening, *token_ids]
         require_fits(len(token_ids), model.context_length)
         labels = token_labels(run.tokenizer)
         show = _show_lens if parsed.logit_lens else _show_attention

@@ -31,7 +31,7 @@ class EvaluateArguments:
     step: str = "last"
     """Checkpoint to use: last, best, or a step's number."""
     context_length: int | None = None
-    """Tokens of a window. None: the model's context length."""
+    """Tokens of a window. None: those of a row in training, or of the whole text if that is shorter."""
     stride: int | None = None
     """Tokens between the starts of windows. None: half a window."""
     batch_size: int = 16
@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str]) -> tuple[list[Path], EvaluateArguments]:
     runs = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     description = (
         "Predict every token of a text once and report nats per token, bits per byte and perplexity. Each document is "
-        "read in windows that overlap, and starts after an end-of-text token."
+        "read in windows that overlap, and starts after the token that the model expects there."
     )
     prog = "python -m gptjax evaluate RUN [RUN ...]"
     parsed = tyro.cli(EvaluateArguments, args=arguments[len(runs) :], prog=prog, description=description)
@@ -95,21 +95,27 @@ def main(arguments: Sequence[str]) -> int:
 
 def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
     from gptjax.evaluation.documents import evaluate_documents
+    from gptjax.interop.transfer import imported_from
     from gptjax.model.accounting import parameter_counts
     from gptjax.training.load import load_run
 
+    if not parsed.data and imported_from(directory) is not None:
+        raise UserError(f"{directory} was not trained here, and has no held-out text: give one as --data PATH")
     run = load_run(directory, parsed.step)
     model = run.config.model
     if parsed.batch_size < 1:
         raise UserError(f"--batch-size is {parsed.batch_size}, but must be at least 1")
-    length = model.context_length if parsed.context_length is None else parsed.context_length
     documents = list(_documents(run, parsed))
     num_tokens = sum(len(document.token_ids) for document in documents)
+    length = parsed.context_length or max(
+        1, min((getattr(run.config.training, "sequence_length", None) or min(model.context_length, 2048)), num_tokens)
+    )
     if num_tokens < length:
         nearest = f"; --context-length {num_tokens} works" if num_tokens else ""
         raise UserError(f"the text has {num_tokens} tokens, fewer than one window of {length}{nearest}")
     found = evaluate_documents(
-        *(model, run.params, documents, run.tokenizer.end_of_text_id),
+        *(model, run.params, documents, run.tokenizer.document_start[-1]),
+        opens=bool(run.tokenizer.opening),
         window_tokens=length,
         stride=parsed.stride,
         batch_size=parsed.batch_size,
@@ -145,8 +151,8 @@ def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocu
     data = dataclasses.replace(run.config.data, path=parsed.data, weights=()) if parsed.data else run.config.data
     tokenizer = run.tokenizer if run.config.tokenizer.path else run.config.tokenizer
     opened = prepare(data, tokenizer, log=cli.print_to_stderr)
-    trained_on = read_metadata(run.directory / CHECKPOINTS, run.step)["data"]
-    if not parsed.data and opened.index.content_fingerprint != trained_on:
+    trained_on = None if parsed.data else read_metadata(run.directory / CHECKPOINTS, run.step)["data"]
+    if trained_on is not None and opened.index.content_fingerprint != trained_on:
         raise UserError(
             f"the text of {' '.join(data.path)} is no longer what {run.directory} was trained on, so that some of what "
             "was held out may have been seen; give what to evaluate as --data"

@@ -90,7 +90,7 @@ def check_run(directory: Path) -> Iterator[Part]:
     whole = [step for step in steps if found[step].status == "verified"]
     metadata = read_metadata(checkpoints, whole[-1]) if whole else {}
     yield _check_tokenizer(directory, metadata)
-    if steps or (directory / METRICS_FILE).exists():
+    if any(steps) or (directory / METRICS_FILE).exists():  # an imported run has step 0 alone, and logged nothing
         yield _check_readable(METRICS_FILE, lambda: f"{len(read_metrics(directory / METRICS_FILE)):,} lines")
     else:
         yield Part(METRICS_FILE, "unknown", "nothing was logged yet")

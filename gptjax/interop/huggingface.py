@@ -1,4 +1,4 @@
-"""Hugging Face directories: models of other programs read into ours, and ours written for them.
+"""Models of other programs read into ours, from Hugging Face directories and GGUF files, and ours written for them.
 
 Shape suffixes: L layers, D inputs, F outputs, V rows of the vocabulary.
 """
@@ -16,53 +16,55 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
-from gptjax.interop.configs import family_of, from_theirs, read_json, to_theirs
+from gptjax.interop.configs import family_of, from_theirs, to_theirs
 from gptjax.interop.families import Family, Tensor
+from gptjax.interop.places import open_tensors, read_values, tokenizer_of
 from gptjax.interop.tensor_files import SHARD_BYTES, TensorFiles, copy_numbers, write_tensors
 from gptjax.model.gpt import GPT, Params
-from gptjax.text.files import load_tokenizer
+from gptjax.text.special_tokens import GENERATION_CONFIG, TOKEN_IDS, TOKENIZER_CONFIG, ids
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.state import abstract_params
 
-GENERATION_FILE = "generation_config.json"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 """In which weights can be written."""
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The model of a directory's `config.json`.
+    """The model of a directory's `config.json`, or of a GGUF file.
 
     Raises:
-        UserError: as `read_json` and `from_theirs`.
+        UserError: as `read_values` and `from_theirs`.
     """
-    return from_theirs(read_json(directory))
+    return from_theirs(read_values(directory))
 
 
 def read_tokenizer(directory: Path, config: ModelConfig, log: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer of a directory, with as many ids as the model has rows.
+    """The tokenizer of a directory or a GGUF file, with as many ids as the model has rows.
+
+    Args:
+        log: told of tokens without a row, of rows without a token, and of a tokenizer that names no end.
 
     Raises:
-        UserError: as `load_tokenizer`, or it has ids for which the model has no row.
+        UserError: as `tokenizer_of`, or it has ids for which the model has no row.
     """
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer of {directory} has {tokenizer.vocab_size} ids, but the model has rows for "
-            f"{config.vocab_size} only"
+    whole = tokenizer_of(directory)
+    tokenizer = whole.with_vocab_size(config.vocab_size)
+    if whole.vocab_size < config.vocab_size:
+        log(f"{config.vocab_size - whole.vocab_size} rows of the model stand for no token, as is usual")
+    if whole.vocab_size > config.vocab_size:
+        names = ", ".join(sorted(tokenizer.without_rows))
+        log(f"the model has no row for {names}, which was added to the tokenizer, and refuses texts that have it")
+    for file, values in ({"config.json": read_values(directory)} | dict(whole.files)).items():
+        for name in TOKEN_IDS:
+            for number in ids(values.get(name)):
+                if not 0 <= number < config.vocab_size:
+                    log(f"{name} {number} of {file} is outside the vocabulary and is not used")
+    if not tokenizer.stop_ids:
+        log(
+            f"no file of {directory} names a token that ends texts, so that length alone does: {TOKENIZER_CONFIG} "
+            f"should have eos_token, or {GENERATION_CONFIG} eos_token_id"
         )
-    if tokenizer.vocab_size < config.vocab_size:
-        log(f"{config.vocab_size - tokenizer.vocab_size} rows of the model stand for no token, as is usual")
-    values = read_json(directory)
-    for name in TOKEN_IDS:
-        for number in _numbers(values.get(name)):
-            if number >= config.vocab_size:
-                log(f"{name} {number} of config.json is outside the vocabulary and is not used")
-    return tokenizer.with_vocab_size(config.vocab_size)
-
-
-def _numbers(value: Any) -> list[int]:
-    return [] if value is None else [int(n) for n in (value if isinstance(value, list) else [value])]
+    return tokenizer
 
 
 def read_params(directory: Path, config: ModelConfig) -> Params:
@@ -71,8 +73,8 @@ def read_params(directory: Path, config: ModelConfig) -> Params:
     Raises:
         UserError: tensors are missing or too many, or of another shape, or a file cannot be read.
     """
-    files = TensorFiles(directory)
-    family = family_of(read_json(directory))
+    files = open_tensors(directory)
+    family = family_of(read_values(directory))
     shapes = abstract_params(GPT(config))
     tensors = _tensors_of(family, shapes)
     _require_equal(files, family, shapes, config)
@@ -228,10 +230,13 @@ def write_model(
     params: Params,
     *,
     dtype: str = "float32",
-    end_of_text_id: int | None = None,
+    generation: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Family:
     """Write `config.json`, `generation_config.json` and the weights, as transformers does.
+
+    Args:
+        generation: what `generation_config.json` holds; its ids of special tokens stand in `config.json`, too.
 
     Raises:
         UserError: as `to_theirs`.
@@ -239,10 +244,10 @@ def write_model(
     family, theirs = to_theirs(config)
     leaves = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tensors = _tensors_of(family, params)
-    theirs |= {"dtype": dtype, "eos_token_id": end_of_text_id, "bos_token_id": end_of_text_id, "pad_token_id": None}
+    generation = generation or {}
+    theirs |= {"dtype": dtype} | {name: generation.get(name) for name in TOKEN_IDS}
     (directory / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-    generation = {"eos_token_id": end_of_text_id, "bos_token_id": end_of_text_id}
-    (directory / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (directory / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     named = {tensor.theirs.format(number): (tensor, number) for tensor, number in _each(tensors, config)}
     width = np.dtype(TYPES[dtype]).itemsize
     sizes = {name: width * math.prod(shape) for name, shape in tensor_shapes(family, config, params).items()}

@@ -1,9 +1,11 @@
 """Runs made of Hugging Face directories, and directories made of runs."""
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,37 @@ import jax
 from gptjax.config import Config, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
-from gptjax.interop.configs import is_huggingface
+from gptjax.interop.places import is_foreign, read_values, template_of
 from gptjax.resolve import resolve
-from gptjax.text.templates import TEMPLATE_FILE, read_template, template_file
+from gptjax.text.chat import ChatFormat, chat_format
+from gptjax.text.special_tokens import END_OF_DOCUMENT, GENERATION_CONFIG, TOKENIZER_CONFIG, ids
+from gptjax.text.templates import TEMPLATE_FILE
+from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.load import Run
 from gptjax.training.summary import read_summary
 
 IMPORTED = "imported"
 """Under this name the environment of a run that was imported says where from."""
-TOKENIZER_CONFIG, CARD = "tokenizer_config.json", "README.md"
+CARD = "README.md"
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.bpe", "*.jinja", "*.model")
 """What is fetched of a model on the hub: no pickles."""
 
 
 def find_source(name: str, log: Callable[[str], None]) -> Path:
-    """A directory, or that of a model on the Hugging Face hub, `OWNER/NAME` or `hf://OWNER/NAME`, which is fetched.
+    """A directory or a GGUF file, or a model on the Hugging Face hub, `OWNER/NAME` or `hf://OWNER/NAME`, which is
+    fetched.
 
     Raises:
         UserError: there is neither.
     """
     path, repository = Path(name), name.removeprefix("hf://")
-    if path.is_dir():
+    if path.is_dir() or path.is_file():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"{name} is neither a directory nor a model of the Hugging Face hub, such as hf://OWNER/NAME")
+        raise UserError(
+            f"{name} is no directory, no GGUF file and no model of the Hugging Face hub, such as hf://OWNER/NAME"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -55,13 +63,18 @@ def _first_line(error: Exception) -> str:
 
 
 def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
-    """Make a run of a Hugging Face directory, with one checkpoint at step 0, under the current mesh.
+    """Make a run of a Hugging Face directory or a GGUF file, with one checkpoint at step 0, under the current mesh.
+
+    The run appears whole or not at all. It keeps what the model's files say of special tokens, and its chat template.
 
     Raises:
         UserError: the run's folder is not empty; or as `huggingface.read_params` and `read_tokenizer`.
     """
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"{run} is there already, and not an empty folder; choose another one")
+    if not is_foreign(source):
+        read_values(source)  # says what is wrong with a place that has no model
+        raise UserError(f"{source} is no model of another program; a run is used as it is")
     model = huggingface.read_config(source)
     tokenizer = huggingface.read_tokenizer(source, model, log)
     config = Config(
@@ -69,19 +82,39 @@ def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
     )
     config = resolve(config, jax.devices(), tokenizer)
     params = huggingface.read_params(source, config.model)
-    with run_dir.writable(run):
-        run_dir.write_text(run / run_dir.TOKENIZER_FILE, tokenizer.to_json())
-        template = template_file(source)
+    with run_dir.writable(run), _made_whole(run) as folder:
+        for name, text in tokenizer.texts().items():
+            run_dir.write_text(folder / name, text)
+        template = template_of(source)
         if template is not None:
-            run_dir.write_text(run / TEMPLATE_FILE, read_template(template))
-        with checkpoint.open_checkpoints(run / run_dir.CHECKPOINTS, config.checkpoint) as manager:
+            run_dir.write_text(folder / TEMPLATE_FILE, template[0])
+        with checkpoint.open_checkpoints(folder / run_dir.CHECKPOINTS, config.checkpoint) as manager:
             metadata = {IMPORTED: str(source.absolute()), "tokenizer": tokenizer.to_json()}
             checkpoint.save(manager, 0, {"params": params}, metadata)
-        run_dir.save_config(run, config, run_dir.environment() | {IMPORTED: {"from": str(source.absolute())}})
+        run_dir.save_config(folder, config, run_dir.environment() | {IMPORTED: {"from": str(source.absolute())}})
+
+
+@contextlib.contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of an empty one when all went well, and else leaves nothing."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds the model
+            folder.rmdir()
 
 
 def export_run(run: Run, directory: Path, *, dtype: str = "float32", licence: str = "unknown") -> str:
     """Write a run as a Hugging Face directory: weights, configuration, tokenizer, chat template and a model card.
+
+    What was imported says of its special tokens there what it said before; what has learned to talk names every token
+    that ends an answer.
 
     Returns:
         The `model_type` that it has there.
@@ -94,14 +127,15 @@ def export_run(run: Run, directory: Path, *, dtype: str = "float32", licence: st
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} is there already, and not an empty folder; nothing was written")
     huggingface.to_theirs(run.config.model)  # what it refuses is refused before a folder is made
+    template = template_of(run.directory)
+    form = None if template is None else chat_format(run.tokenizer, *template)
     directory.mkdir(parents=True, exist_ok=True)
-    end = run.tokenizer.end_of_text_id
-    family = huggingface.write_model(directory, run.config.model, run.params, dtype=dtype, end_of_text_id=end)
+    generation = _generation_config(run.tokenizer, form)
+    family = huggingface.write_model(directory, run.config.model, run.params, dtype=dtype, generation=generation)
     run.tokenizer.save(directory / run_dir.TOKENIZER_FILE)
-    _write_json(directory / TOKENIZER_CONFIG, _tokenizer_config(run))
-    template = template_file(run.directory)
+    _write_json(directory / TOKENIZER_CONFIG, _tokenizer_config(run, form))
     if template is not None:
-        (directory / TEMPLATE_FILE).write_text(read_template(template), encoding="utf-8")
+        (directory / TEMPLATE_FILE).write_text(template[0], encoding="utf-8")
     (directory / CARD).write_text(model_card(run, dtype, licence), encoding="utf-8")
     return family.model_type
 
@@ -110,23 +144,38 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _tokenizer_config(run: Run) -> dict[str, Any]:
-    names = {i: name for name, i in run.tokenizer.special_token_ids.items()}
-    end = names[run.tokenizer.end_of_text_id]
+def _generation_config(tokenizer: Tokenizer, form: ChatFormat | None) -> dict[str, Any]:
+    """As it was read, with all tokens that end a text, or of a model that talks an answer."""
+    stops = [*(tokenizer.stop_ids if form is None else form.stop_ids)]
+    start = tokenizer.opening or (tokenizer.end_of_text_id,)
+    values = {"bos_token_id": start[-1]} | dict(tokenizer.files.get(GENERATION_CONFIG, {}))
+    if set(ids(values.get("eos_token_id"))) != set(stops):
+        values["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
+    return values
+
+
+def _tokenizer_config(run: Run, form: ChatFormat | None) -> dict[str, Any]:
+    """As it was read, or else what programs need to know; `eos_token` ends answers, where the model talks."""
+    tokenizer = run.tokenizer
+    names = {i: name for name, i in tokenizer.special_token_ids.items()}
+    end = names.get(tokenizer.end_of_text_id)
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": run.config.model.context_length,
         "clean_up_tokenization_spaces": False,
-        "eos_token": end,
-        "bos_token": end,
     }
-    pad = next((name for name in ("<|pad|>", "<pad>") if name in run.tokenizer.special_token_ids), end)
-    return values | {"pad_token": pad}
+    if TOKENIZER_CONFIG not in tokenizer.files:
+        pad = next((name for name in ("<|pad|>", "<pad>") if name in tokenizer.special_token_ids), end)
+        values |= {"eos_token": end, "bos_token": end, "pad_token": pad}
+    values |= tokenizer.files.get(TOKENIZER_CONFIG, {})
+    if form is not None and form.end_id not in (tokenizer.end_of_text_id, *tokenizer.stop_ids):
+        values |= {"eos_token": names[form.end_id], END_OF_DOCUMENT: end}
+    return values
 
 
 def imported_from(directory: Path) -> str | None:
-    """Where a run was imported from, or the directory itself if it is Hugging Face's; None: it was trained here."""
-    if is_huggingface(directory):
+    """Where a run was imported from, or the place itself of another program's model; None: it was trained here."""
+    if is_foreign(directory):
         return str(directory)
     return run_dir.load_run_config(directory)[1].get(IMPORTED, {}).get("from")
 

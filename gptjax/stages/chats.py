@@ -6,11 +6,12 @@ from pathlib import Path
 
 from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.interop.places import template_of
 from gptjax.model.gpt import Params
 from gptjax.sampling.chat import chat
 from gptjax.stages import callbacks
-from gptjax.text.chat import ChatFormat, Message, chat_format
-from gptjax.text.templates import TEMPLATE_FILE, read_template, template_file
+from gptjax.text.chat import ChatFormat, Message, chat_format, read_format
+from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.state import TrainState
 
@@ -23,12 +24,11 @@ def layout(config: Config, tokenizer: Tokenizer) -> ChatFormat:
     """
     today = config.data.chat_date and datetime.date.fromisoformat(config.data.chat_date)
     if config.data.chat_template:
-        path = Path(config.data.chat_template)
-        return chat_format(tokenizer, read_template(path), str(path), today)
-    for folder in (config.run_dir, config.model.init_from):
-        path = template_file(Path(folder)) if folder else None
-        if path is not None:
-            return chat_format(tokenizer, read_template(path), str(path), today)
+        return read_format(tokenizer, Path(config.data.chat_template), today)
+    for place in (config.run_dir, config.model.init_from):
+        found = template_of(Path(place)) if place else None
+        if found is not None:
+            return chat_format(tokenizer, *found, today)
     return chat_format(tokenizer)
 
 
@@ -38,13 +38,13 @@ def layout_of_run(directory: Path, tokenizer: Tokenizer) -> ChatFormat:
     Raises:
         UserError: it has learned no conversations.
     """
-    path = template_file(directory)
-    if path is None:
+    found = template_of(directory)
+    if found is None:
         raise UserError(
             f"{directory} has no {TEMPLATE_FILE}: it has not learned to talk; tune it with python train.py "
             f"configs/sft.py --model.init-from {directory}, or give --prompt TEXT to have a text continued"
         )
-    return chat_format(tokenizer, read_template(path), str(path))
+    return chat_format(tokenizer, *found)
 
 
 def check_prompt(config: Config, form: ChatFormat) -> list[Message]:

@@ -18,6 +18,7 @@ from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.data.loader import RowStream
 from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
+from gptjax.interop.places import tokenizer_of
 from gptjax.model.gpt import GPT, Params
 from gptjax.parametrization import multipliers
 from gptjax.stages import callbacks, pretrain, rl, start
@@ -25,11 +26,9 @@ from gptjax.stages.judges import token_judge, value_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import Weights, weights_of
 from gptjax.text.templates import TEMPLATE_FILE
-from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.losses import Batch, Loss
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.policy_losses import adapted_coefficient, generalized_advantages, policy_loss, whiten
-from gptjax.training.run_dir import TOKENIZER_FILE, load_run_config
 from gptjax.training.state import TrainState, abstract, state_of
 from gptjax.training.step import Metrics
 
@@ -180,12 +179,13 @@ def _critic(config: Config, data: Data) -> tuple[Config, ModelConfig]:
     """
     judge = config.rl.reward if Path(config.rl.reward).is_dir() else config.model.init_from
     folder = config.ppo.critic_from or judge
-    saved, _ = load_run_config(folder)
-    if Tokenizer.load(Path(folder) / TOKENIZER_FILE).fingerprint != data.tokenizer.fingerprint:
+    saved = start.model_of(Path(folder))
+    theirs = tokenizer_of(Path(folder))
+    if theirs.with_vocab_size(saved.vocab_size).fingerprint != data.tokenizer.fingerprint:
         raise UserError(f"the critic's start {folder} has another tokenizer than the policy's; ppo.critic_from another")
     own = {name: getattr(config.model, name) for name in ("scan_layers", "remat", "attention_kernel", "compute_dtype")}
     no_dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
-    model = dataclasses.replace(saved.model, value_head=True, init_from=folder, fp8=False, **own, **no_dropout)
+    model = dataclasses.replace(saved, value_head=True, init_from=folder, fp8=False, **own, **no_dropout)
     return dataclasses.replace(config, model=model), model
 
 

@@ -14,7 +14,7 @@ from gptjax.model.accounting import training_flops_per_token
 from gptjax.model.gpt import GPT
 from gptjax.parametrization import multipliers
 from gptjax.sampling.generate import generate
-from gptjax.stages import callbacks, messages
+from gptjax.stages import callbacks, messages, start
 from gptjax.stages.stage import Data, Stage, as_given
 from gptjax.stages.weights import weights_of
 from gptjax.text.tokenizer import Tokenizer
@@ -36,6 +36,8 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     """
     if config.data.path == DataConfig().path:
         log("no --data.path: training on the source code of Python's standard library")
+    if tokenizer is None and config.model.init_from:
+        tokenizer = start.tokenizer(config)
     prepared = prepare(config.data, tokenizer or config.tokenizer, log=log)
     num_rows = (len(prepared.tokens("train")) - 1) // config.model.context_length
     return Data(prepared.tokenizer, prepared.index.content_fingerprint, str(prepared.folder), num_rows, prepared)

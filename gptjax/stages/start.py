@@ -9,8 +9,8 @@ import numpy as np
 
 from gptjax.config import Config, ModelConfig
 from gptjax.errors import UserError
-from gptjax.interop.configs import is_huggingface
 from gptjax.interop.huggingface import read_config
+from gptjax.interop.places import is_foreign, tokenizer_of
 from gptjax.interop.word_vectors import embed_words
 from gptjax.model.gpt import GPT, VALUE_HEAD, Params
 from gptjax.text.files import load_tokenizer
@@ -38,9 +38,8 @@ def inherit(config: Config, continued: bool = False) -> Config:
     source = config.model.init_from
     if not source:
         return config
-    gone = continued and not Path(source, CONFIG_FILE).is_file()
-    there_now = config.run_dir if gone else source
-    model = read_config(Path(source)) if is_huggingface(Path(there_now)) else load_run_config(there_now)[0].model
+    gone = continued and not (is_foreign(Path(source)) or Path(source, CONFIG_FILE).is_file())
+    model = model_of(Path(config.run_dir if gone else source))
     default, shape = ModelConfig(), {}
     for field in dataclasses.fields(ModelConfig):
         asked, there = getattr(config.model, field.name), getattr(model, field.name)
@@ -52,7 +51,7 @@ def inherit(config: Config, continued: bool = False) -> Config:
                 "model.init_from"
             )
         shape[field.name] = there
-    path = str(Path(source) if is_huggingface(Path(source)) else Path(source) / TOKENIZER_FILE)
+    path = str(Path(source) if is_foreign(Path(source)) else Path(source) / TOKENIZER_FILE)
     if gone:
         path = load_run_config(config.run_dir)[0].tokenizer.path
     if config.tokenizer.path not in ("", path):
@@ -62,6 +61,15 @@ def inherit(config: Config, continued: bool = False) -> Config:
         )
     tokenizer = dataclasses.replace(config.tokenizer, path=path)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **shape), tokenizer=tokenizer)
+
+
+def model_of(place: Path) -> ModelConfig:
+    """The model of a run, or of another program.
+
+    Raises:
+        UserError: it is neither.
+    """
+    return read_config(place) if is_foreign(place) else load_run_config(place)[0].model
 
 
 def tokenizer(config: Config) -> Tokenizer:
@@ -75,7 +83,8 @@ def tokenizer(config: Config) -> Tokenizer:
             f"stage {config.stage} starts from a run: give --model.init-from RUN (or --tokenizer.path, to begin with "
             "drawn parameters)"
         )
-    loaded = load_tokenizer(config.tokenizer.path)
+    place = Path(config.tokenizer.path)
+    loaded = tokenizer_of(place) if is_foreign(place) else load_tokenizer(place)
     return loaded.with_vocab_size(config.model.vocab_size) if config.model.init_from else loaded
 
 

@@ -8,10 +8,11 @@ import datetime
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from gptjax.errors import UserError
-from gptjax.text.templates import Render, compile_template
+from gptjax.text.templates import Render, compile_template, read_template
 from gptjax.text.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
@@ -225,6 +226,15 @@ def chat_format(
             f"that of the model's own family; its special tokens are {', '.join(tokenizer.special_token_ids)}"
         )
     return ChatFormat(tokenizer, CHATML, _chatml, "ChatML")
+
+
+def read_format(tokenizer: Tokenizer, path: Path, today: datetime.date | None = None) -> ChatFormat:
+    """The format of a template's file.
+
+    Raises:
+        UserError: as `chat_format` and `read_template`.
+    """
+    return chat_format(tokenizer, read_template(path), str(path), today)
 
 
 def _chatml(messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:

@@ -15,7 +15,7 @@ from gptjax.errors import UserError
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 FILES = (TOKENIZER_CONFIG, GENERATION_CONFIG)
 """The files that are carried along with a `tokenizer.json`, each an object of fields."""
-END_OF_DOCUMENT = "end_of_document_token"
+END_OF_DOCUMENT = "gptjax_end_of_document"
 """Our own field of `tokenizer_config.json`: the token after a document, where `eos_token` ends answers instead."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -67,7 +67,7 @@ def roles_of(files: Files) -> Roles:
     """What the files say."""
     tokenizer = files.get(TOKENIZER_CONFIG, {})
     named = {name: text for name, value in tokenizer.items() if name.endswith("_token") and (text := _content(value))}
-    end = named.pop(END_OF_DOCUMENT, named.get("eos_token"))
+    end = tokenizer.get(END_OF_DOCUMENT, named.get("eos_token"))
     return Roles(named, end, tuple(ids(files.get(GENERATION_CONFIG, {}).get("eos_token_id"))))
 
 

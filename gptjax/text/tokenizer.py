@@ -56,6 +56,8 @@ class Tokenizer:
         self.vocab_size = vocab_size or self._num_tokens
         """Number of ids, special ones included."""
         self._added = {i: token for i, token in backend.get_added_tokens_decoder().items() if i < self.vocab_size}
+        self.without_rows = [token for token, i in self._vocab.items() if i >= self.vocab_size]
+        """Tokens for which a model has no row."""
         self.special_token_ids = {token.content: i for i, token in sorted(self._added.items()) if token.special}
         """Id of every special token by its name."""
 
@@ -65,14 +67,14 @@ class Tokenizer:
         Raises:
             UserError: there are fewer rows than tokens that text becomes.
         """
-        beyond = {i: token for token, i in self._vocab.items() if i >= vocab_size}
-        lacking = min((i for i in beyond if i not in self._backend.get_added_tokens_decoder()), default=None)
-        if lacking is not None:
+        found = Tokenizer(self._backend, vocab_size, self.files)
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        if lacking := next((token for token in found.without_rows if token not in added), None):
             raise UserError(
-                f"the tokenizer has {self._num_tokens} tokens, but the model has rows for {vocab_size}: there is none "
-                f"for {beyond[lacking]!r}, id {lacking}; give the tokenizer that the model was trained with"
+                f"the tokenizer has {self._num_tokens} ids, but the model has rows for {vocab_size} only, and none for "
+                f"{lacking!r}; give the tokenizer that the model was trained with"
             )
-        return Tokenizer(self._backend, vocab_size, self.files)
+        return found
 
     @property
     def kind(self) -> Literal["bpe", "byte", "char", "sentencepiece"]:
@@ -85,10 +87,7 @@ class Tokenizer:
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
-        """The ids that stand before every text: the BOS token of a tokenizer that adds it (Llama, Gemma), or none.
-
-        As the post-processor of `tokenizer.json` adds them, or `add_bos_token` of `tokenizer_config.json` says.
-        """
+        """The ids before every text: BOS where `tokenizer.json`'s post-processor adds it, or `add_bos_token` says so."""
         if self._backend.post_processor is not None:
             with _ENCODING:
                 added, bare = (self._backend.encode("a", add_special_tokens=add).ids for add in (True, False))

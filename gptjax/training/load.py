@@ -13,7 +13,7 @@ import jax
 from gptjax.config import Config, ModelConfig, TokenizerConfig
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
-from gptjax.interop.configs import is_huggingface
+from gptjax.interop.places import is_foreign
 from gptjax.model import lora
 from gptjax.model.gpt import GPT, Params
 from gptjax.resolve import default_compute_dtype, resolve
@@ -53,8 +53,8 @@ def load_run(
 ) -> Run:
     """Load configuration, tokenizer and parameters of a run, onto the current mesh or the default device.
 
-    Of a Hugging Face directory, too, which has one step, 0. Adapters are merged into the run that they adapt. Nothing
-    is written. In place of a damaged checkpoint that was not named by its number, the next one is used.
+    Of a Hugging Face directory or a GGUF file, too, which have one step, 0. Adapters are merged into the run that they
+    adapt. Nothing is written. In place of a damaged checkpoint that was not named by its number, the next one is used.
 
     Args:
         step: a step that has a checkpoint, `last`, or `best` (lowest validation loss).
@@ -65,8 +65,8 @@ def load_run(
         UserError: the folder is no run, has no such checkpoint, or it is damaged.
     """
     directory = Path(directory)
-    if is_huggingface(directory):
-        return _load_huggingface(directory, log)
+    if is_foreign(directory):
+        return _load_foreign(directory, log)
     config, _ = load_run_config(directory)
     tokenizer = Tokenizer.load(directory / TOKENIZER_FILE).with_vocab_size(config.model.vocab_size)
     # A run trained in bfloat16 on an accelerator is used in float32 on a CPU, and the other way round; a kernel that it
@@ -86,7 +86,7 @@ def load_run(
     return Run(directory, config, tokenizer, model, params, number)
 
 
-def _load_huggingface(directory: Path, log: Callable[[str], None]) -> Run:
+def _load_foreign(directory: Path, log: Callable[[str], None]) -> Run:
     model = huggingface.read_config(directory)
     tokenizer = huggingface.read_tokenizer(directory, model, log)
     given = Config(model=model, tokenizer=TokenizerConfig(path=str(directory)), run_dir=str(directory))

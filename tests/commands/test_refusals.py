@@ -29,7 +29,7 @@ REFUSED = [
     (MAIN, ["fit", "missing.csv"], "no table missing.csv"),
     (MAIN, ["report", "missing"], "missing is neither a study's folder"),
     (MAIN, ["recipe", "missing.py"], "no recipe missing.py; configs/recipe_tiny.py is one"),
-    (MAIN, ["import", "missing", "run"], "missing is neither a directory nor a model of the Hugging Face hub"),
+    (MAIN, ["import", "missing", "run"], "missing is no directory, no GGUF file and no model of the Hugging Face hub"),
     (MAIN, ["export", "missing", "hf"], "missing is not a run"),
     (MAIN, ["verify", "missing"], "missing is not a run"),
     (MAIN, ["env", "--json", "no/where.json"], "--json no/where.json is in no"),

@@ -74,7 +74,7 @@ def test_a_model_comes_back(kind, tmp_path):
     """Written and read again it is the same, bit by bit, in one file or in several."""
     config = ModelConfig(**MODELS[kind])
     params = drawn(config)
-    family = huggingface.write_model(tmp_path, config, params, end_of_text_id=0, shard_bytes=20_000)
+    family = huggingface.write_model(tmp_path, config, params, shard_bytes=20_000)
     assert family.model_type == kind
     assert len([*tmp_path.glob("*.safetensors")]) > 1
     again = huggingface.read_config(tmp_path)
@@ -190,7 +190,7 @@ def directory(tmp_path) -> Path:
     tokenizer = train_tokenizer([], TokenizerConfig(kind="byte"))
     config = ModelConfig(**MODERN | {"vocab_size": tokenizer.vocab_size})
     (tmp_path / "hf").mkdir()
-    huggingface.write_model(tmp_path / "hf", config, drawn(config), end_of_text_id=0)
+    huggingface.write_model(tmp_path / "hf", config, drawn(config))
     tokenizer.save(tmp_path / "hf" / "tokenizer.json")
     return tmp_path / "hf"
 
@@ -271,7 +271,7 @@ def test_rows_without_tokens_and_odd_special_ids_are_noted(directory, tmp_path):
     """Usual in what is published: a vocabulary rounded up, and a configuration with another model's ids."""
     config = huggingface.read_config(directory)
     more = dataclasses.replace(config, vocab_size=config.vocab_size + 7)
-    huggingface.write_model(directory, more, drawn(more), end_of_text_id=50256)
+    huggingface.write_model(directory, more, drawn(more), generation={"eos_token_id": 50256})
     said = []
     import_model(directory, tmp_path / "run", said.append)
     assert said[0] == "7 rows of the model stand for no token, as is usual"
@@ -301,5 +301,5 @@ def test_a_run_is_exported_whole(directory, tmp_path):
 
 
 def test_a_source_that_is_nowhere(tmp_path):
-    with pytest.raises(UserError, match="is neither a directory nor a model of the Hugging Face hub"):
+    with pytest.raises(UserError, match="is no directory, no GGUF file and no model of the Hugging Face hub"):
         find_source(str(tmp_path / "a" / "b"), print)

@@ -56,7 +56,7 @@ def models(tmp_path_factory):
     for seed, name in enumerate(("policy", "reference")):
         params = jax.tree.map(lambda x: 3 * x, init_params(GPT(config), jax.random.key(seed)))
         (folder / name).mkdir()
-        huggingface.write_model(folder / name, config, params, end_of_text_id=0)
+        huggingface.write_model(folder / name, config, params)
         tokenizer.save(folder / name / "tokenizer.json")
         (folder / name / "tokenizer_config.json").write_text(
             json.dumps(
