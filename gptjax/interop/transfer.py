@@ -132,7 +132,7 @@ def export_run(run: Run, directory: Path, *, dtype: str = "float32", licence: st
     directory.mkdir(parents=True, exist_ok=True)
     generation = _generation_config(run.tokenizer, form)
     family = huggingface.write_model(directory, run.config.model, run.params, dtype=dtype, generation=generation)
-    run.tokenizer.save(directory / run_dir.TOKENIZER_FILE)
+    (directory / run_dir.TOKENIZER_FILE).write_text(run.tokenizer.to_json(), encoding="utf-8")
     _write_json(directory / TOKENIZER_CONFIG, _tokenizer_config(run, form))
     if template is not None:
         (directory / TEMPLATE_FILE).write_text(template[0], encoding="utf-8")
@@ -159,15 +159,16 @@ def _tokenizer_config(run: Run, form: ChatFormat | None) -> dict[str, Any]:
     tokenizer = run.tokenizer
     names = {i: name for name, i in tokenizer.special_token_ids.items()}
     end = names.get(tokenizer.end_of_text_id)
-    values = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": run.config.model.context_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    if TOKENIZER_CONFIG not in tokenizer.files:
-        pad = next((name for name in ("<|pad|>", "<pad>") if name in tokenizer.special_token_ids), end)
-        values |= {"eos_token": end, "bos_token": end, "pad_token": pad}
-    values |= tokenizer.files.get(TOKENIZER_CONFIG, {})
+    values = dict(tokenizer.files.get(TOKENIZER_CONFIG, {}))
+    if not values:
+        values = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": run.config.model.context_length,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": end,
+            "bos_token": end,
+            "pad_token": next((name for name in ("<|pad|>", "<pad>") if name in tokenizer.special_token_ids), end),
+        }
     if form is not None and form.end_id not in (tokenizer.end_of_text_id, *tokenizer.stop_ids):
         values |= {"eos_token": names[form.end_id], END_OF_DOCUMENT: end}
     return values

@@ -87,7 +87,7 @@ class Tokenizer:
 
     @cached_property
     def opening(self) -> tuple[int, ...]:
-        """The ids before every text: BOS where `tokenizer.json`'s post-processor adds it, or `add_bos_token` says so."""
+        """The ids before every text: BOS where the file's post-processor adds it, or `add_bos_token` says so."""
         if self._backend.post_processor is not None:
             with _ENCODING:
                 added, bare = (self._backend.encode("a", add_special_tokens=add).ids for add in (True, False))

@@ -1,5 +1,6 @@
 """Sliding windows against a model asked for one token at a time."""
 
+import dataclasses
 import math
 
 import jax
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from gptjax.config import ModelConfig, TokenizerConfig
 from gptjax.data.formats import Document
 from gptjax.errors import UserError
+from gptjax.evaluation import documents
 from gptjax.evaluation.documents import (
     TokenizedDocument,
     evaluate_documents,
@@ -22,6 +24,8 @@ from gptjax.evaluation.documents import (
 from gptjax.evaluation.perplexity import evaluate
 from gptjax.model.gpt import GPT
 from gptjax.text.tokenizer_training import train_tokenizer
+from gptjax.training import losses
+from gptjax.training.state import draw_params
 
 SEPARATOR, CONTEXT = 0, 16  # the tiny model's
 RANDOM = np.random.default_rng(0)
@@ -53,7 +57,7 @@ def test_every_token_is_scored_once_with_what_context_there_is(num_tokens, lengt
             assert window.scored - window.start >= length - stride
 
 
-def by_hand(config, params, document, stride, nats_T):
+def by_hand(config, params, document, stride, nats_T, opens):
     """Each token predicted alone, from the window that the rule gives it: no batching, no masks, no sums. Adds to
     `nats_T` by the number of tokens that were there to predict it from."""
     tokens = [SEPARATOR, *document.token_ids]
@@ -62,31 +66,55 @@ def by_hand(config, params, document, stride, nats_T):
     for window in windows(len(document.token_ids), CONTEXT, stride):
         padded = np.zeros((1, CONTEXT), np.int32)
         inputs = tokens[window.start : window.stop]
+        inputs[0] = SEPARATOR if opens else inputs[0]
         padded[0, : len(inputs)] = inputs
         log_probability = np.asarray(jax.nn.log_softmax(logits_of(padded)[0]), np.float64)
         for t in range(window.scored, window.stop):
             losses.append(-log_probability[t - window.start, tokens[t + 1]])
-            before = len(tokens[window.start : t + 1])
+            before = len(inputs[: t + 1 - window.start])
             nats_T[before] += losses[-1]
     return losses
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
-@pytest.mark.parametrize("batch_size", [3, 8])
-def test_sums_are_those_of_tokens_predicted_one_by_one(made, stride, batch_size):
+@pytest.mark.parametrize(("batch_size", "opens"), [(3, False), (8, False), (3, True)])
+def test_sums_are_those_of_tokens_predicted_one_by_one(made, stride, batch_size, opens):
+    """With a token before every window, as models have it that know BOS, and before documents alone."""
     config, params = made
-    found = evaluate_documents(config, params, DOCUMENTS, SEPARATOR, stride=stride, batch_size=batch_size)
+    found = evaluate_documents(config, params, DOCUMENTS, SEPARATOR, opens=opens, stride=stride, batch_size=batch_size)
     nats_T = np.zeros(CONTEXT + 1)
-    expected = [by_hand(config, params, document, stride, nats_T) for document in DOCUMENTS]
-    for document, losses, given_ in zip(found.documents, expected, DOCUMENTS, strict=True):
-        assert document.nats == pytest.approx(sum(losses), rel=1e-5)
-        assert (document.origin, document.num_tokens) == (given_.origin, len(losses))
+    expected = [by_hand(config, params, document, stride, nats_T, opens) for document in DOCUMENTS]
+    for document, nats, given_ in zip(found.documents, expected, DOCUMENTS, strict=True):
+        assert document.nats == pytest.approx(sum(nats), rel=1e-5)
+        assert (document.origin, document.num_tokens) == (given_.origin, len(nats))
     total = found.total
     assert total.num_tokens == sum(map(len, expected)) == found.tokens_T.sum()
     assert total.num_bytes == 2 * total.num_tokens
     assert total.nats_per_token == pytest.approx(sum(map(sum, expected)) / total.num_tokens, rel=1e-5)
     np.testing.assert_allclose(found.nats_T, nats_T, rtol=1e-5)
     assert found.nats_T[0] == found.tokens_T[0] == 0, "even the first token has the end of the text before it"
+
+
+def test_logits_come_in_chunks(made, monkeypatch):
+    """However long a window and wide the vocabulary: the sums are the same, and no array has all logits."""
+    config = dataclasses.replace(made[0], ffn_dim=64)  # narrower than the vocabulary
+    params = draw_params(GPT(config), 0)
+    whole = evaluate_documents(config, params, DOCUMENTS, SEPARATOR, batch_size=2)
+    jax.clear_caches()
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 128 * 9)
+    chunked = evaluate_documents(config, params, DOCUMENTS, SEPARATOR, batch_size=2)
+    np.testing.assert_allclose(chunked.nats_T, whole.nats_T, rtol=1e-5)
+    rows = [(np.stack([np.arange(CONTEXT + 1, dtype=np.int32)] * 2), 2)]
+    in_training = evaluate(config, params, rows, np.ones(61, np.int32)).nats_per_token
+    tokens_BT = jnp.zeros((2, CONTEXT + 1), jnp.int32)
+    text = jax.jit(documents._token_losses, static_argnums=0).lower(config, params, tokens_BT).as_text()
+    jax.clear_caches()
+    assert f"tensor<2x{CONTEXT}x128x" not in text
+    monkeypatch.undo()
+    assert in_training == pytest.approx(evaluate(config, params, rows, np.ones(61, np.int32)).nats_per_token, rel=1e-6)
+    text = jax.jit(documents._token_losses, static_argnums=0).lower(config, params, tokens_BT).as_text()
+    assert f"tensor<2x{CONTEXT}x128x" in text
+    jax.clear_caches()
 
 
 def test_whole_windows_are_the_evaluation_of_training(made):
