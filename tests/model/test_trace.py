@@ -71,6 +71,22 @@ def test_the_last_lens_is_the_model(switched_on, position):
     np.testing.assert_array_equal(lens.token_ids_LT[0], logits[0].argmax(-1))
 
 
+@pytest.mark.parametrize("parametrization", ["standard", "mup", "completep"])
+def test_a_lens_is_the_model_whose_later_layers_add_nothing(tiny, parametrization):
+    """Whatever depth and width do to multipliers: the model stays the one that it is, and is not cut."""
+    more = {"parametrization": parametrization, "base_num_layers": 1, "base_model_dim": 8, "base_head_dim": 4}
+    config = plain(tiny, num_layers=4, initializer_std=0.3, **more)
+    params = new_params(config)
+    lens = logit_lens(config, params, TOKENS)
+    for depth in (1, 2, 3):
+        silent = jax.tree_util.tree_map_with_path(
+            lambda path, w, d=depth: w.at[d:].set(0.0) if path[-2].key in ("out", "down") else w, params["blocks"]
+        )
+        logits, _ = GPT(config).apply({"params": params | {"blocks": silent}}, jnp.asarray([TOKENS]))
+        probability = np.asarray(jax.nn.softmax(logits[0]))
+        np.testing.assert_allclose(lens.probability_LT[depth - 1], probability.max(-1), rtol=1e-5)
+
+
 def test_looked_at_most_is_the_mean_over_heads_of_what_is_before():
     weights_NTS = np.zeros((2, 3, 3))
     weights_NTS[:, 0, 0] = 1
