@@ -39,6 +39,19 @@ def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -
     return kind(**arguments)
 
 
+HOW_TO_USE = "python -m gptjax import {0} RUN makes a run of it, and --model.init-from {0} starts one from it"
+"""What can be done with another program's model, where a run was asked for."""
+
+
+def require_own(values: Any, path: Path) -> None:
+    """
+    Raises:
+        UserError: what a `config.json` holds is another program's.
+    """
+    theirs = isinstance(values, Mapping) and bool({"model_type", "architectures"} & set(values))
+    require(not theirs, f"{path.parent} is a Hugging Face model and no run; {HOW_TO_USE.format(path.parent)}")
+
+
 def load_config(path: str | os.PathLike) -> Config:
     """Read a configuration from a Python file that assigns `config`, or from a run's `config.json`.
 
@@ -51,8 +64,11 @@ def load_config(path: str | os.PathLike) -> Config:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is no configuration: {error}") from None
+        require_own(values, path)
         return from_dict({name: value for name, value in values.items() if name != "environment"})
+    require(not path.is_dir(), f"{path} is a folder; what is asked for is a configuration file that ends in .py")
     require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
+    require(path.suffix != ".gguf", f"{path} is no configuration and no run; {HOW_TO_USE.format(path)}")
     names = run_file(path)
     config, recipe = names.get("config"), "recipe" in names
     hint = f"; it holds a recipe, which is for python -m gptjax recipe {path}" if recipe else ""

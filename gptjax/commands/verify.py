@@ -70,6 +70,7 @@ def check_run(directory: Path) -> Iterator[Part]:
     Raises:
         UserError: the folder is no run.
     """
+    from gptjax.interop.places import is_foreign
     from gptjax.training import run_dir
     from gptjax.training.checkpoint import all_steps, read_metadata
     from gptjax.training.metrics import METRICS_FILE, read_metrics
@@ -80,7 +81,7 @@ def check_run(directory: Path) -> Iterator[Part]:
         config, _ = run_dir.load_run_config(directory)
         yield Part(run_dir.CONFIG_FILE, "readable", "")
     except UserError as error:
-        if not (directory / run_dir.CONFIG_FILE).is_file():
+        if is_foreign(directory) or not (directory / run_dir.CONFIG_FILE).is_file():
             raise
         yield Part(run_dir.CONFIG_FILE, "damaged", str(error))
     checkpoints = directory / run_dir.CHECKPOINTS

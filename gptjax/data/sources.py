@@ -126,6 +126,8 @@ def _files_of_entry(entry: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
         return [SourceFile(path, name, entry) for path, name in hub.download(entry)]
     path = Path(entry)
     if path.is_dir():
+        if all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
+            raise UserError(f"data.path {entry} is a model or a run, whose files are no text to learn from")
         files = [SourceFile(p, p.relative_to(path).as_posix(), entry) for p in _text_files_below(path, suffixes)]
         if not files:
             raise UserError(f"data.path {entry} has no text; files that end in {' '.join(suffixes)} would be read")

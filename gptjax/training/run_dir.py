@@ -22,7 +22,7 @@ import jax
 
 from gptjax.checks import require
 from gptjax.config import Config
-from gptjax.config_files import differences, flat, from_dict, replace_fields, to_dict
+from gptjax.config_files import HOW_TO_USE, differences, flat, from_dict, replace_fields, require_own, to_dict
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
 from gptjax.training.metrics import metrics_line, read_metrics
@@ -200,10 +200,14 @@ def load_run_config(run: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     path = Path(run) / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except NotADirectoryError as error:
+        hint = f"; {HOW_TO_USE.format(run)}" if path.parent.suffix == ".gguf" else ""
+        raise UserError(f"{run} is not a run, but a file{hint}") from error
+    except FileNotFoundError as error:
         raise UserError(f"{run} is not a run: it has no {CONFIG_FILE}; runs beside it: {_runs_beside(path)}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    require_own(values, path)
     environment = values.pop("environment", {})
     return from_dict(values), environment
 
