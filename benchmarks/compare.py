@@ -157,6 +157,7 @@ def _nanogpt(config: Config, checkout: Path, dtype: str, mode: str, options: Any
         "model.qk_norm": m.qk_norm,
         "model.head_bias": m.head_bias,
         "optimizer.epsilon": o.epsilon != 1e-8,
+        "training.sequence_length": config.sequence_length != m.context_length,
     }
     wrong = [name for name, differs in differing.items() if differs]
     require(not wrong, f"nanoGPT has no model like this one: {', '.join(wrong)}; configs/gpt2_124m.py has one")
@@ -192,7 +193,7 @@ def compare(
     def figures(arm: Arm) -> dict[str, Any]:
         model = dataclasses.replace(config.model, compute_dtype=arm.dtype)
         return {"block_step_ms": [round(1000 * seconds, 3) for seconds in arm.seconds]} | measure.speed(
-            model, batch_size, arm.seconds, arm.facts.get("device", ""), 1
+            model, (batch_size, config.sequence_length), arm.seconds, arm.facts.get("device", ""), 1
         )
 
     return take_turns(arms, options, words, before, lambda arm: {"batch_size": batch_size} | figures(arm))

@@ -52,6 +52,7 @@ def along(axis: str, value: float, base: Config, tokens: int) -> Config:
     model, size = base.model, base.training.resolved_micro_batch_size
     if axis == "context":
         changed = dataclasses.replace(model, context_length=int(value))
+        base = dataclasses.replace(base, training=dataclasses.replace(base.training, sequence_length=int(value)))
         size = max(1, tokens // int(value))
     elif axis == "width":
         heads, per_kv_head = max(1, round(value * model.num_heads)), model.num_heads // model.resolved_num_kv_heads
@@ -87,12 +88,12 @@ def rows_along(axis: str, values: Sequence[float], base: Config, options: Any) -
                 raise
             yield known | {"error": "no memory"}
             return
-        flops, plan = training_flops_per_token(config.model), warm.program.memory_analysis()
-        tokens = config.training.batch_size * config.model.context_length
+        flops, plan = training_flops_per_token(config.model, config.sequence_length), warm.program.memory_analysis()
+        tokens = config.training.batch_size * config.sequence_length
         per_flop = {"time/flops": seconds / tokens / flops.total, "time/causal": seconds / tokens / flops.total_causal}
         first = first or per_flop
         yield known | {
-            "context_length": config.model.context_length,
+            "context_length": config.sequence_length,
             "num_layers": config.model.num_layers,
             "model_dim": config.model.model_dim,
             "parameters": parameter_counts(config.model)["total"],

@@ -129,10 +129,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def speed(
-    model: ModelConfig, batch_size: int, seconds: Sequence[float], device_kind: str, num_devices: int
+    model: ModelConfig, shape: tuple[int, int], seconds: Sequence[float], device_kind: str, num_devices: int
 ) -> dict[str, float | None]:
-    """What follows from the seconds of a step, one figure for each block; `model` has its type and vocabulary."""
-    tokens, step, flops = batch_size * model.context_length, spread(seconds), training_flops_per_token(model)
+    """What follows from the seconds of a step of (B, T) tokens, one figure for each block; `model` has its type and
+    vocabulary."""
+    tokens, step, flops = shape[0] * shape[1], spread(seconds), training_flops_per_token(model, shape[1])
     peak, rate = peak_flops(device_kind, model.compute_dtype), tokens / step["median"]
     return {
         "tokens_per_second": rate,

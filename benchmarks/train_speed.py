@@ -76,7 +76,7 @@ def warm_up(config: Config, steps: int, documents: int = 1) -> Warm:
     model_config, training = config.model, config.training
     model, optimizer = GPT(model_config), make_optimizer(config.optimizer, multipliers(model_config))
     drops = model_config.embedding_dropout or model_config.attention_dropout or model_config.residual_dropout
-    K, B, T = training.steps_per_dispatch, training.resolved_micro_batch_size, model_config.context_length
+    K, B, T = training.steps_per_dispatch, training.resolved_micro_batch_size, config.sequence_length
     A = training.batch_size // B
     separator = model_config.vocab_size - 1 if config.data.separate_documents else None
     train_step = make_train_step(
@@ -148,7 +148,8 @@ def train_speed(config: Config, options: Any) -> dict[str, Any]:
             print(report(found, options.steps * config.training.steps_per_dispatch))
             print(f"trace: {perfetto_file(options.profile)} (open it at https://ui.perfetto.dev)")
     device, size = jax.devices()[0], config.training.batch_size
-    figures = measure.speed(config.model, size, seconds, device.device_kind, jax.device_count())
+    shape = size, config.sequence_length
+    figures = measure.speed(config.model, shape, seconds, device.device_kind, jax.device_count())
     return {"batch_size": size, **figures, **warm.facts(), **profile}
 
 

@@ -59,7 +59,7 @@ class DataConfig:
     separate_documents: bool = False
     """Documents packed into one sequence do not see each other, and each starts at position 0."""
     on_long: Literal["stop", "truncate", "skip"] = "stop"
-    """A conversation longer than the context stops the run, or is cut or left out, and counted."""
+    """A conversation longer than training.sequence_length stops the run, or is cut or left out, and counted."""
     chat_template: str = ""
     """Jinja file, as Hugging Face models have it, that lays out conversations. Empty: the first run's, else ChatML."""
     chat_date: str | None = None
@@ -170,6 +170,12 @@ class OptimizerConfig:
         )
 
 
+def foreign_row_tokens(model: ModelConfig) -> int:
+    """Of a row where a model of another program is tuned and nobody says how many: a context of 131,072 is what a model
+    can read, and no length for every row."""
+    return min(model.context_length, 2048)
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """The training loop."""
@@ -180,6 +186,8 @@ class TrainingConfig:
     """Passes over the rows of the data, where steps is None."""
     batch_size: int = 32
     """Sequences of an optimizer step, over all devices."""
+    sequence_length: int | None = None
+    """Tokens of a sequence. None: those of the run in model.init_from, of a foreign model ≤ 2048; else the context."""
     micro_batch_size: int | None = None
     """Sequences computed at once, over all devices; gradients accumulate up to batch_size. None: batch_size."""
     batch_ramp_start: int | None = None
@@ -220,7 +228,7 @@ class TrainingConfig:
             self,
             1,
             math.inf,
-            *("steps", "batch_size", "micro_batch_size", "batch_ramp_start"),
+            *("steps", "batch_size", "sequence_length", "micro_batch_size", "batch_ramp_start"),
             *("log_every_steps", "steps_per_dispatch", "sample_tokens"),
         )
         require_range(
@@ -262,6 +270,9 @@ class TrainingConfig:
             start == self.batch_size or self.batch_ramp_tokens > 0,
             f"training.batch_ramp_start {start} needs training.batch_ramp_tokens, which is 0",
         )
+
+    def resolved_sequence_length(self, model: ModelConfig) -> int:
+        return self.sequence_length or model.context_length
 
     @property
     def resolved_micro_batch_size(self) -> int:
@@ -306,6 +317,11 @@ class Config:
 
     def __post_init__(self):
         require_types("", self)
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training row; `model.context_length` is what the model can read."""
+        return self.training.resolved_sequence_length(self.model)
 
     @property
     def separates_documents(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.checks import require
-from gptjax.config import Config
+from gptjax.config import Config, foreign_row_tokens
 from gptjax.errors import UserError
 
 
@@ -52,6 +52,22 @@ def require_own(values: Any, path: Path) -> None:
     require(not theirs, f"{path.parent} is a Hugging Face model and no run; {HOW_TO_USE.format(path.parent)}")
 
 
+def saved_config(values: Mapping[str, Any]) -> Config:
+    """The configuration that a run saved, in `config.json` or with a checkpoint, and if it was long ago.
+
+    Before there was `training.sequence_length`, rows were as long as the context; what was imported had no rows yet.
+
+    Raises:
+        UserError: as `from_dict`.
+    """
+    config = from_dict({name: value for name, value in values.items() if name != "environment"})
+    if "sequence_length" in values.get("training", {}):
+        return config
+    imported = "imported" in values.get("environment", {})
+    length = foreign_row_tokens(config.model) if imported else config.model.context_length
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, sequence_length=length))
+
+
 def load_config(path: str | os.PathLike) -> Config:
     """Read a configuration from a Python file that assigns `config`, or from a run's `config.json`.
 
@@ -65,7 +81,7 @@ def load_config(path: str | os.PathLike) -> Config:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is no configuration: {error}") from None
         require_own(values, path)
-        return from_dict({name: value for name, value in values.items() if name != "environment"})
+        return saved_config(values) if "environment" in values else from_dict(values)
     require(not path.is_dir(), f"{path} is a folder; what is asked for is a configuration file that ends in .py")
     require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
     require(path.suffix != ".gguf", f"{path} is no configuration and no run; {HOW_TO_USE.format(path)}")

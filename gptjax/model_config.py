@@ -30,7 +30,7 @@ class ModelConfig:
     ffn_dim: int | None = None
     """Width of the feed-forward layer. None: 4 model_dim; gated ones 8/3 model_dim, rounded up to 128."""
     context_length: int = 1024
-    """Longest sequence trained on, in tokens."""
+    """Most tokens that the model reads at once. training.sequence_length: those of the rows that it learns from."""
     vocab_size: int | None = None
     """Tokens the model knows. None: the tokenizer's."""
 

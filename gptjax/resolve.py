@@ -70,6 +70,7 @@ def resolve(
         optimizer = dataclasses.replace(optimizer, decay_steps=training.steps)
     training = dataclasses.replace(
         training,
+        sequence_length=training.resolved_sequence_length(model),
         micro_batch_size=training.resolved_micro_batch_size,
         batch_ramp_start=training.resolved_batch_ramp_start,
     )
@@ -157,13 +158,14 @@ def require_fits(
         model, vocab_size=model.vocab_size or 1, compute_dtype=model.compute_dtype or "bfloat16"
     )
     micro, shards = training.resolved_micro_batch_size, mesh.data * mesh.fsdp
+    T = training.resolved_sequence_length(model)
     split = mesh.fsdp * mesh.context * mesh.tensor
     state = state_bytes(known, optimizer) / split
     # Without accumulation the gradient comes while activations go.
     held = state_bytes(known, optimizer, gradients=micro < training.batch_size) / split
 
     def activations(size: int) -> Memory:
-        return activation_bytes(known, mesh, size, training.loss_chunk_tokens)
+        return activation_bytes(known, mesh, size, training.loss_chunk_tokens, num_tokens=T)
 
     needed = held + activations(micro).least
     if needed <= memory:
@@ -174,13 +176,13 @@ def require_fits(
     advice = (
         f"the largest training.micro_batch_size that fits is {fitting[-1]}"
         if fitting
-        else f"not even {shards} would: model.remat full, training.loss_chunk_tokens {model.context_length}, or more "
-        "devices for mesh.fsdp help"
+        else f"not even {shards} would: model.remat full, training.loss_chunk_tokens {T}, a shorter "
+        "training.sequence_length, or more devices for mesh.fsdp help"
     )
     raise UserError(
-        f"a micro-batch of {micro} sequences needs at least {needed / 1e9:.3g} GB on each device, {held / 1e9:.3g} GB "
-        f"of it for parameters and optimizer state and the rest for activations, but a device has {memory / 1e9:.3g} "
-        f"GB; {advice}"
+        f"a micro-batch of {micro} sequences of {T} tokens needs at least {needed / 1e9:.3g} GB on each device, "
+        f"{held / 1e9:.3g} GB of it for parameters and optimizer state and the rest for activations, but a device has "
+        f"{memory / 1e9:.3g} GB; {advice}"
     )
 
 
@@ -262,13 +264,22 @@ def _check(mesh: MeshConfig, num_devices: int, model: ModelConfig, training: Tra
         f"devices; the nearest training.{'micro_batch_size' if training.micro_batch_size else 'batch_size'} that works "
         f"is {max(1, round(micro / shards)) * shards}",
     )
+    length = training.resolved_sequence_length(model)
+    require(
+        not (model.positions == "learned" and length > model.context_length),
+        f"training.sequence_length {length} is more than model.context_length {model.context_length}, and the model "
+        f"learns no more positions than that; {model.context_length} works",
+    )
     if mesh.context > 1:
         pieces = 2 * mesh.context
+        name = "training.sequence_length" if training.sequence_length else "model.context_length"
+        nearest = max(1, round(length / pieces)) * pieces
+        if training.sequence_length and model.positions == "learned" and pieces < nearest > model.context_length:
+            nearest -= pieces
         require(
-            model.context_length % pieces == 0,
+            length % pieces == 0,
             f"mesh.context {mesh.context} cuts a sequence into {pieces} pieces, two for each device, which do not "
-            f"divide model.context_length {model.context_length}; the nearest that works is "
-            f"{max(1, round(model.context_length / pieces)) * pieces}",
+            f"divide {name} {length}; the nearest that works is {nearest}",
         )
     fsdp = "fsdp" if mesh.context == 1 else "fsdp × mesh.context"
     _require_divides(fsdp, mesh.fsdp * mesh.context, "model.model_dim", model.model_dim)

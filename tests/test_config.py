@@ -27,7 +27,7 @@ from gptjax.config import (
     TokenizerConfig,
     TrainingConfig,
 )
-from gptjax.config_files import differences, from_dict, load_config, replace_fields, to_dict
+from gptjax.config_files import differences, from_dict, load_config, replace_fields, saved_config, to_dict
 from gptjax.errors import UserError
 
 SECTIONS = (
@@ -101,6 +101,15 @@ def test_files(tmp_path):
         load_config(tmp_path / "smal.py")
     with pytest.raises(UserError, match=r"model\.num_layer .*did you mean model\.num_layers"):
         from_dict({"model": {"num_layer": 3}})
+
+
+def test_saved_long_ago():
+    """Runs had rows as long as their context before there was a field for it, and what was imported none."""
+    values = to_dict(Config(model=ModelConfig(context_length=4096)))
+    assert saved_config(values).training.sequence_length is None, "what was saved as open stays open"
+    del values["training"]["sequence_length"]
+    assert saved_config(values).training.sequence_length == 4096
+    assert saved_config(values | {"environment": {"imported": {"from": "a"}}}).training.sequence_length == 2048
 
 
 def test_differences_name_fields_and_values():

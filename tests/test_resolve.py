@@ -27,6 +27,9 @@ SMALL = {"model_dim": 32, "num_heads": 4, "vocab_size": 300}
         (MeshConfig(fsdp=8), {"model_dim": 36}, 8, ["mesh.fsdp 8", "model_dim 36", "nearest that does is 4"]),
         (MeshConfig(fsdp=2, context=4), {"model_dim": 36}, 8, ["mesh.fsdp × mesh.context 8", "model_dim 36", "is 4"]),
         (MeshConfig(context=8), {"context_length": 100}, 8, ["context 8", "16 pieces", "context_length 100", "is 96"]),
+        (MeshConfig(context=8), {}, {"sequence_length": 100}, ["16 pieces", "training.sequence_length 100", "is 96"]),
+        (MeshConfig(context=8), {"context_length": 110}, {"sequence_length": 110}, ["sequence_length 110", "is 96"]),
+        (MeshConfig(), {"context_length": 64}, {"sequence_length": 80}, ["sequence_length 80", "context_length 64"]),
         (MeshConfig(tensor=8), {}, 8, ["mesh.tensor 8", "num_heads 4", "4"]),
         (MeshConfig(tensor=4), {"num_kv_heads": 2}, 8, ["num_kv_heads 2", "2"]),
         (MeshConfig(tensor=4), {"ffn_dim": 6}, 8, ["ffn_dim 6", "that does is 2"]),
@@ -34,8 +37,9 @@ SMALL = {"model_dim": 32, "num_heads": 4, "vocab_size": 300}
 )
 def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):
     """Which dimension, which axis, and what would divide."""
+    training = TrainingConfig(**(batch | {"batch_size": 8} if isinstance(batch, dict) else {"batch_size": batch}))
     with pytest.raises(UserError) as error:
-        resolve_mesh(mesh, 8, ModelConfig(**SMALL | model), TrainingConfig(batch_size=batch))
+        resolve_mesh(mesh, 8, ModelConfig(**SMALL | model), training)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -151,6 +155,7 @@ def test_refuses_a_batch_that_cannot_fit():
     [
         ({"remat": "full"}, {"loss_chunk_tokens": 8192}),  # 12 block inputs of 0.8 GB
         ({}, {"micro_batch_size": 16}),
+        ({}, {"sequence_length": 128}),
         ({"vocab_size": None, "remat": "full"}, {}),  # of an unknown vocabulary there is no bound
     ],
 )

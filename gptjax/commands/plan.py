@@ -163,7 +163,8 @@ def show(plan: Plan) -> None:
 def _show_memory(plan: Plan) -> None:
     device, micro = plan.device, plan.training.resolved_micro_batch_size
     holds = "unknown memory" if device.memory_bytes is None else f"{device.memory_bytes / 1e9:.4g} GB"
-    title = f"GB on each of {plan.count} {device.name} ({holds}), micro-batch of {micro}, {plan.model.compute_dtype}"
+    rows = f"micro-batch of {micro} × {plan.training.resolved_sequence_length(plan.model)} tokens"
+    title = f"GB on each of {plan.count} {device.name} ({holds}), {rows}, {plan.model.compute_dtype}"
     table = cli.make_table(
         title, "remat", "parameters", "optimizer", "gradients", "copies", "activations", "logits", "together", "fits",
         "largest micro-batch",
@@ -287,6 +288,7 @@ def dry_run(config: Config) -> int:
     from gptjax.model.kernels import choose, this_machine, training_calls
     from gptjax.resolve import memory_bytes, resolve
     from gptjax.stages.dry_run import first_rows
+    from gptjax.stages.messages import of_length
 
     rows = first_rows(config, log=print)
     devices = jax.devices()
@@ -296,9 +298,10 @@ def dry_run(config: Config) -> int:
     memory = memory_bytes(devices[0])
     device = known if memory is None else known._replace(memory_bytes=memory / USABLE)
     documents = config.separates_documents
-    calls = training_calls(resolved.model, documents=documents, context=resolved.mesh.context)
+    calls = training_calls(resolved.model, resolved.sequence_length, documents=documents, context=resolved.mesh.context)
     chosen = {choose(call, this_machine(), resolved.model.attention_kernel) for call in calls.values()}
     show(make_plan(resolved, device, len(devices), quadratic="xla" in chosen))
+    print(*of_length(resolved), sep="\n")
     show_rows(rows)
     print("dry run: nothing was trained, and no run was begun")
     return 0

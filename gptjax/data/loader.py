@@ -26,22 +26,22 @@ class TokenRows:
         UserError: there is not one row.
     """
 
-    def __init__(self, tokens: Tokens, context_length: int):
-        self._tokens, self._context_length = tokens, context_length
+    def __init__(self, tokens: Tokens, sequence_length: int):
+        self._tokens, self._sequence_length = tokens, sequence_length
         if len(self) == 0:
             raise UserError(
-                f"{len(tokens)} tokens are too few for one row of model.context_length {context_length} and the token "
-                f"after it; take more data, or model.context_length {max(1, len(tokens) - 1)} or less"
+                f"{len(tokens)} tokens are too few for one row of training.sequence_length {sequence_length} and the "
+                f"token after it; take more data, or training.sequence_length {max(1, len(tokens) - 1)} or less"
             )
 
     def __len__(self) -> int:
-        return max(0, len(self._tokens) - 1) // self._context_length
+        return max(0, len(self._tokens) - 1) // self._sequence_length
 
     def __getitem__(self, row: int) -> np.ndarray:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        start = row * self._context_length
-        return np.asarray(self._tokens[start : start + self._context_length + 1], np.int32)
+        start = row * self._sequence_length
+        return np.asarray(self._tokens[start : start + self._sequence_length + 1], np.int32)
 
 
 class Rows(Protocol):

@@ -1,4 +1,4 @@
-"""Conversations packed into rows, so that little of a row is empty. Legend: T tokens of the context, R rows."""
+"""Conversations packed into rows, so that little of a row is empty. Legend: T tokens of a row, R rows."""
 
 import bisect
 from collections import Counter
@@ -50,12 +50,12 @@ class PackedRows:
     which each example counts from 0. What is left of a row is filled with `padding_id`, and learned by nobody.
     """
 
-    def __init__(self, examples: Sequence[Example], context_length: int, padding_id: int):
+    def __init__(self, examples: Sequence[Example], sequence_length: int, padding_id: int):
         """
         Args:
             examples: none longer than T+1.
         """
-        self._examples, self._capacity, self._padding_id = examples, context_length + 1, padding_id
+        self._examples, self._capacity, self._padding_id = examples, sequence_length + 1, padding_id
         self._rows = pack([len(example.token_ids) for example in examples], self._capacity)
 
     def __len__(self) -> int:
@@ -83,19 +83,20 @@ class PackedRows:
         return {"tokens": tokens_T, "loss_mask": loss_mask_T, "segment_ids": segment_ids_T, "positions": positions_T}
 
 
-def fit_context(
-    examples: Sequence[Example], origins: Sequence[str], context_length: int, on_long: str
+def fit_rows(
+    examples: Sequence[Example], origins: Sequence[str], sequence_length: int, on_long: str, shifted: bool = True
 ) -> tuple[list[Example], Counter[str]]:
     """The examples that a row can hold, and how many were cut or left out.
 
     Args:
         origins: where each is from.
-        on_long: `truncate` keeps the first T+1 tokens, if any of them is learned, `skip` leaves an example out.
+        on_long: `truncate` keeps as many tokens as fit, if any of them is learned, `skip` leaves an example out.
+        shifted: whether a row's tokens are inputs and, shifted by one, labels, so that T+1 of them fit; else T do.
 
     Raises:
         UserError: one is too long, under `stop`.
     """
-    capacity = context_length + 1
+    capacity = sequence_length + shifted
     kept, counts = [], Counter()
     for example, origin in zip(examples, origins, strict=True):
         if len(example.token_ids) <= capacity:
@@ -103,9 +104,12 @@ def fit_context(
             continue
         if on_long == "stop":
             longer = sum(len(other.token_ids) > capacity for other in examples)
+            longest = max(len(other.token_ids) for other in examples)
             raise UserError(
-                f"{origin}: {len(example.token_ids)} tokens do not fit model.context_length {context_length} (as "
-                f"{longer} of {len(examples)} examples do not); --data.on-long truncate cuts such, skip leaves them out"
+                f"{origin}: {len(example.token_ids)} tokens do not fit training.sequence_length {sequence_length} (as "
+                f"{longer} of {len(examples)} examples do not); --data.on-long truncate cuts such, skip leaves them "
+                f"out, and training.sequence_length {longest - shifted} would hold "
+                f"{'them all' if len(examples) > 1 else 'this one'}"
             )
         cut = Example(*(values[:capacity] for values in example))
         if on_long == "truncate" and cut.learned.any():

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.data.conversations import RankedAnswers
-from gptjax.data.packing import Example, fit_context
+from gptjax.data.packing import Example, fit_rows
 from gptjax.text.chat import ChatFormat, Message
 
 MULTIPLE = 16
-"""Rows are as long as the longest that there is, rounded up, if the context is no shorter."""
+"""Rows are as long as the longest that there is, rounded up, if training.sequence_length is no shorter."""
 
 
 class EncodedAnswers(NamedTuple):
@@ -23,12 +23,15 @@ class EncodedAnswers(NamedTuple):
 
 
 def encode_answers(
-    form: ChatFormat, items: Sequence[RankedAnswers], context_length: int, on_long: str
+    form: ChatFormat, items: Sequence[RankedAnswers], sequence_length: int, on_long: str, shifted: bool
 ) -> tuple[list[EncodedAnswers], Counter[str]]:
     """All answers that fit, of prompts that keep two of different ranks; and what was cut or left out.
 
+    Args:
+        shifted: as `fit_rows` takes it.
+
     Raises:
-        UserError: as `fit_context`.
+        UserError: as `fit_rows`.
     """
     kept, counts = [], Counter()
     for item in items:
@@ -41,7 +44,7 @@ def encode_answers(
             )  # earlier answers are part of the prompt
             learned[: last_turn[-1] + 1] = False
             example = Example(np.array(encoded.token_ids, np.int32), learned)
-            fitted, found = fit_context([example], [item.origin], context_length, on_long)
+            fitted, found = fit_rows([example], [item.origin], sequence_length, on_long, shifted)
             counts += found
             answers += fitted
             ranks += [rank] * len(fitted)
@@ -57,9 +60,9 @@ def longest_answer(groups: Sequence[EncodedAnswers]) -> int:
     return max(len(answer.token_ids) for group in groups for answer in group.answers)
 
 
-def rounded(num_tokens: int, context_length: int) -> int:
+def rounded(num_tokens: int, most: int) -> int:
     """What rows are padded to that hold so many tokens: few lengths, which meshes can divide."""
-    return min(context_length, -(-num_tokens // MULTIPLE) * MULTIPLE)
+    return min(most, -(-num_tokens // MULTIPLE) * MULTIPLE)
 
 
 class RankedRows:

@@ -22,9 +22,12 @@ class Prompt(NamedTuple):
 
 
 def encode_prompts(
-    form: ChatFormat, tasks: Sequence[Task], most_tokens: int, on_long: str
+    form: ChatFormat, tasks: Sequence[Task], most_tokens: int, on_long: str, bound: str
 ) -> tuple[list[Prompt], Counter[str]]:
     """The prompts of at most so many tokens, and how many were left out.
+
+    Args:
+        bound: what leaves so many, for messages.
 
     Raises:
         UserError: one is longer, under `stop`; a prompt is not cut, as its end is the question.
@@ -37,8 +40,8 @@ def encode_prompts(
             continue
         if on_long != "skip":
             raise UserError(
-                f"{task.origin}: the prompt has {len(ids)} tokens, of which model.context_length leaves {most_tokens} "
-                "beside rl.answer_tokens; --data.on-long skip leaves such out"
+                f"{task.origin}: the prompt has {len(ids)} tokens, of which {bound} leaves {most_tokens} beside "
+                "rl.answer_tokens; --data.on-long skip leaves such out"
             )
         counts["too long and left out"] += 1
     return kept, counts

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from gptjax.config import Config, TokenizerConfig
+from gptjax.config import Config, TokenizerConfig, TrainingConfig, foreign_row_tokens
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.places import is_foreign, read_values, template_of
@@ -78,7 +78,10 @@ def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
     model = huggingface.read_config(source)
     tokenizer = huggingface.read_tokenizer(source, model, log)
     config = Config(
-        model=model, tokenizer=TokenizerConfig(path=str((run / run_dir.TOKENIZER_FILE).absolute())), run_dir=str(run)
+        model=model,
+        tokenizer=TokenizerConfig(path=str((run / run_dir.TOKENIZER_FILE).absolute())),
+        training=TrainingConfig(sequence_length=foreign_row_tokens(model)),
+        run_dir=str(run),
     )
     config = resolve(config, jax.devices(), tokenizer)
     params = huggingface.read_params(source, config.model)

@@ -99,20 +99,22 @@ class Traffic(NamedTuple):
     """All-gather of keys and values in the forward pass, and as many bytes scattered in the backward pass."""
 
 
-def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
-    """What a training step of `batch_size` sequences sends with `remat` none, by these formulas.
+def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int, num_tokens: int | None = None) -> Traffic:
+    """What a training step of `batch_size` sequences of `num_tokens` T (None: context_length C) sends with `remat`
+    none, by these formulas.
 
     With f = fsdp · context, t = tensor, c bytes of the compute type, R rows and S tokens of each on a device:
 
     - parameters (f > 1): 2 c M/t + 4 v, of M weights in blocks' matrices and v norms and biases; the embedding
-      4 V D/t where it is looked up and c V D/t where it is the head (once, if both are float32); positions 4 T D.
-    - gradients (data · f > 1): 4 (M + 2 V D)/t + 4 v + 4 T D, in float32 whatever the compute type, the embedding and
+      4 V D/t where it is looked up and c V D/t where it is the head (once, if both are float32); positions 4 C D.
+    - gradients (data · f > 1): 4 (M + 2 V D)/t + 4 v + 4 C D, in float32 whatever the compute type, the embedding and
       the head each alone even if they are tied. Where both rows and sequences are split, the last two terms twice: XLA
       adds up one dimension after the other.
     - activations (t > 1): c R S D (4 L + 1), 4 R S D for the look-up and 12 R S for the loss.
     - keys and values (context > 1): 2 c L R T K H / t.
     """
-    D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, config.context_length
+    D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
+    T = num_tokens or config.context_length
     N, K, L, V = config.num_heads, config.resolved_num_kv_heads, config.num_layers, config.padded_vocab_size
     t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
     matrices = hidden_weights(config) // t
@@ -121,7 +123,7 @@ def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int) -> Traffic:
     whole = L * (config.resolved_qkv_bias * (N * H + 2 * K * H) + config.bias * F * (2 if config.gated else 1)) // t
     whole += (L * 2 * H if config.qk_norm else 0) + (V // t if config.head_bias else 0)
     table, head = 4 * V * D // t, c * V * D // t  # as they are gathered; both have float32 gradients
-    positions = 4 * T * D if config.positions == "learned" else 0
+    positions = 4 * config.context_length * D if config.positions == "learned" else 0
     once = 0 if config.tie_embeddings and c == 4 else head
     rows, tokens = batch_size // (mesh.data * mesh.fsdp), T // mesh.context
     batch, split = mesh.data * mesh.fsdp > 1, mesh.context > 1
@@ -143,9 +145,16 @@ class Memory(NamedTuple):
 
 
 def activation_bytes(
-    config: ModelConfig, mesh: MeshConfig, batch_size: int, chunk_tokens: int = 0, *, quadratic: bool = False
+    config: ModelConfig,
+    mesh: MeshConfig,
+    batch_size: int,
+    chunk_tokens: int = 0,
+    *,
+    num_tokens: int | None = None,
+    quadratic: bool = False,
 ) -> Memory:
-    """What a device holds of a micro-batch of `batch_size` sequences when its backward pass begins.
+    """What a device holds of a micro-batch of `batch_size` sequences of `num_tokens` T (None: context_length) when its
+    backward pass begins.
 
     With R rows and S of their T tokens on a device, t = tensor and c bytes of the compute type, each block keeps c R S
     times what its products and norms start from, after Korthikanti et al. 2022 (whose 34 s b h are these, for F = 4 D
@@ -163,7 +172,8 @@ def activation_bytes(
     gradient stands beside them; of a chunk if it is chunked. What one block computes again comes when these are gone,
     so that of the two the larger counts.
     """
-    D, F, H, T = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim, config.context_length
+    D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
+    T = num_tokens or config.context_length
     N, K = config.num_heads, config.resolved_num_kv_heads
     t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
     shards = mesh.data * mesh.fsdp * mesh.context
@@ -179,7 +189,7 @@ def activation_bytes(
         "save_attention": D + N * H / t + (0 if quadratic else 4 / c * N / t),
         "offload": 0,
     }
-    logits = logits_bytes(config, mesh, batch_size, chunk_tokens)
+    logits = logits_bytes(config, mesh, batch_size, chunk_tokens, num_tokens=T)
     if config.remat == "none":
         least, likely, last = config.num_layers * block_least, config.num_layers * (block - square) + square, logits
     else:
@@ -190,10 +200,12 @@ def activation_bytes(
     )
 
 
-def logits_bytes(config: ModelConfig, mesh: MeshConfig, batch_size: int, chunk_tokens: int = 0) -> int:
+def logits_bytes(
+    config: ModelConfig, mesh: MeshConfig, batch_size: int, chunk_tokens: int = 0, *, num_tokens: int | None = None
+) -> int:
     """Logits and their gradient of a micro-batch, or of a chunk of the loss, on one device, in the compute type."""
     shards = mesh.data * mesh.fsdp * mesh.context
-    tokens = batch_size * config.context_length / shards
+    tokens = batch_size * (num_tokens or config.context_length) / shards
     tokens = min(tokens, max(chunk_tokens, 1) / shards) if chunk_tokens else tokens
     width = 2 if config.compute_dtype == "bfloat16" else 4
     return int(2 * width * tokens * config.padded_vocab_size / mesh.tensor)

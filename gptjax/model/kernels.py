@@ -83,14 +83,17 @@ def _fastest_first(call: Call, machine: Machine) -> Sequence[str]:
     return "cudnn", "tokamax", *(("blockwise", "xla") if long else ("xla", "blockwise"))
 
 
-def training_calls(config: ModelConfig, *, documents: bool, context: int) -> dict[int | None, Call]:
+def training_calls(
+    config: ModelConfig, num_tokens: int | None = None, *, documents: bool, context: int
+) -> dict[int | None, Call]:
     """The calls of a training step, by their window.
 
     Args:
+        num_tokens: of a sequence; None: context_length.
         documents: whether documents in a row do not see each other.
         context: devices that split each sequence.
     """
-    T, H = config.context_length, config.resolved_head_dim
+    T, H = num_tokens or config.context_length, config.resolved_head_dim
     return {
         window: Call(
             num_queries=T // context,

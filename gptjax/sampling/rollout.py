@@ -39,6 +39,11 @@ class Rollout(NamedTuple):
     """Whether the model has ended an answer, or `max_tokens` did."""
 
 
+def longest_prompt(context_length: int, answer_tokens: int) -> int:
+    """Tokens of the longest prompt that leaves room for an answer."""
+    return context_length - answer_tokens
+
+
 def rollout(
     config: ModelConfig,
     params: Params,
@@ -69,7 +74,7 @@ def rollout(
         raise UserError(f"rollouts are drawn by temperature alone, not by {', '.join(set(settings) - {'temperature'})}")
     N = sampling.max_tokens
     longest = max(map(len, prompts))
-    if longest > prompt_tokens or prompt_tokens + N > config.context_length:
+    if longest > prompt_tokens or prompt_tokens > longest_prompt(config.context_length, N):
         raise UserError(
             f"prompts of {max(longest, prompt_tokens)} tokens and answers of {N} do not fit the context of "
             f"{config.context_length}"

@@ -35,7 +35,7 @@ def compile_step(
     """
     with jax.set_mesh(make_mesh(mesh)):
         model, optimizer = GPT(model_config), make_optimizer(optimizer_config, multipliers(model_config))
-        K, B, T = 1, training.resolved_micro_batch_size, model_config.context_length
+        K, B, T = 1, training.resolved_micro_batch_size, training.resolved_sequence_length(model_config)
         A = training.batch_size // B
         loss = language_model_loss(model, training.z_loss, None, training.loss_chunk_tokens)
         step = make_train_step(loss, optimizer, dropout_seed=None, accumulates=A > 1)

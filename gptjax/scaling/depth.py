@@ -5,7 +5,7 @@ import dataclasses
 from gptjax.checks import require
 from gptjax.config import Config
 from gptjax.model.accounting import parameter_counts
-from gptjax.presets import MODERN_CONTEXT, TOKENS_PER_PARAMETER, Shape, modern_of_shape
+from gptjax.presets import TOKENS_PER_PARAMETER, Shape, modern_of_shape
 from gptjax.scaling.laws import STEP_LAW, counted_parameters, short
 from gptjax.scaling.study import with_vocabulary
 
@@ -36,7 +36,7 @@ def of_depth(depth: int) -> Config:
 def explain(config: Config) -> list[str]:
     """What the dial has set, by which law, with a warning where the law is extrapolated."""
     model = with_vocabulary(config)
-    tokens = config.training.steps * config.training.batch_size * MODERN_CONTEXT
+    tokens = config.training.steps * config.training.batch_size * config.sequence_length
     matrices = counted_parameters(model, STEP_LAW.counts)
     lines = [
         f"shape: {model.num_layers} layers of width {model.model_dim} = {WIDTH_PER_LAYER} × layers, {model.num_heads} "
@@ -44,7 +44,7 @@ def explain(config: Config) -> list[str]:
         f"tokens: {short(tokens)}, {TOKENS_PER_PARAMETER} for each parameter that a token is multiplied with (Hoffmann "
         "et al. 2022)",
         f"learning rate {config.optimizer.peak_learning_rate:g} and batch of {config.training.batch_size} × "
-        f"{MODERN_CONTEXT} tokens, to the nearest power of two: {STEP_LAW.name} ({STEP_LAW.source})",
+        f"{config.sequence_length} tokens, to the nearest power of two: {STEP_LAW.name} ({STEP_LAW.source})",
     ]
     if config.optimizer.peak_learning_rate == MAX_LEARNING_RATE:
         lines.append(f"learning rate: {STEP_LAW.name} gives more, but no more than {MAX_LEARNING_RATE} is taken")

@@ -147,7 +147,8 @@ def make_plan(
     memory = None if device.memory_bytes is None else int(USABLE * device.memory_bytes)
     mesh, reason = resolve_mesh(config.mesh, count, model, training, memory, optimizer)
     micro = training.resolved_micro_batch_size
-    flops = training_flops_per_token(model)
+    T = config.sequence_length
+    flops = training_flops_per_token(model, T)
     own = _memory(model, optimizer, training, mesh, micro, memory, quadratic)
     alternatives = tuple(
         _memory(dataclasses.replace(model, remat=remat), optimizer, training, mesh, micro, memory, quadratic)
@@ -159,7 +160,7 @@ def make_plan(
     again = RECOMPUTED[model.remat] * flops.total / 3
     if rate is not None:
         rate *= flops.total / (flops.total + again)
-    batch_tokens = training.batch_size * model.context_length
+    batch_tokens = training.batch_size * T
     require(
         training.steps is not None, "the steps follow from the data's rows: give --training.steps to plan without it"
     )
@@ -180,7 +181,7 @@ def make_plan(
         recomputed_flops=again,
         mesh=mesh,
         mesh_reason=reason,
-        traffic=traffic(model, mesh, micro),
+        traffic=traffic(model, mesh, micro, T),
         memory=own,
         alternatives=alternatives,
         suggestion=suggestion,
@@ -231,12 +232,14 @@ def _memory(
     weights = 4 * parameter_counts(model)["total"] // split
     kept = state_bytes(model, optimizer, gradients=False) // split - weights
 
-    width = 2 if model.compute_dtype == "bfloat16" else 4
+    width, T = 2 if model.compute_dtype == "bfloat16" else 4, training.resolved_sequence_length(model)
     copies = width * hidden_weights(model) // split
 
     def held(size: int) -> tuple[int, int]:
-        logits = logits_bytes(model, mesh, size, training.loss_chunk_tokens)
-        likely = activation_bytes(model, mesh, size, training.loss_chunk_tokens, quadratic=quadratic).likely
+        logits = logits_bytes(model, mesh, size, training.loss_chunk_tokens, num_tokens=T)
+        likely = activation_bytes(
+            model, mesh, size, training.loss_chunk_tokens, num_tokens=T, quadratic=quadratic
+        ).likely
         return likely - logits, logits
 
     def fits(size: int) -> bool:

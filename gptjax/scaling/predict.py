@@ -72,7 +72,7 @@ def _table(found: Sequence[Result], counts: str) -> Table:
         np.array([result.loss for result in found], float),
         {
             "learning_rate": np.array([config.optimizer.peak_learning_rate for config in configs]),
-            "batch_tokens": np.array([c.training.batch_size * c.model.context_length for c in configs], float),
+            "batch_tokens": np.array([c.training.batch_size * c.sequence_length for c in configs], float),
         },
     )
 

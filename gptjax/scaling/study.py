@@ -130,8 +130,9 @@ def _runs(study: Study) -> Iterator[PlannedRun]:
             except UserError as error:
                 raise UserError(f"{trunk}: {error}") from None
             model = with_vocabulary(config)
-            parameters, per_token = counted_parameters(model, study.counts), training_flops_per_token(model).total
-            step = config.training.batch_size * config.model.context_length
+            parameters, T = counted_parameters(model, study.counts), config.sequence_length
+            per_token = training_flops_per_token(model, T).total
+            step = config.training.batch_size * T
             for budget in study.tokens or study.tokens_per_parameter or study.flops:
                 factor = 1.0 if study.tokens else parameters if study.tokens_per_parameter else 1 / per_token
                 tokens = budget * factor

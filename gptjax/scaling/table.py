@@ -160,7 +160,7 @@ def read_runs(
             continue
         kinds.add(config.model.parametrization)
         names.append(run.name)
-        batch = config.training.batch_size * config.model.context_length
+        batch = config.training.batch_size * config.sequence_length
         parameters = counted_parameters(config.model, counts)
         rows.append((parameters, summary["tokens"], loss, config.optimizer.peak_learning_rate, batch))
     wanted = "".join(f" with {name} {value}" for name, value in (where or {}).items())

@@ -80,7 +80,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
             f"{len(rows):,} pairs of rows of {num_tokens} tokens{held_out.judged()}",
             *messages.of_rows(config, {" ".join(config.data.path): rows}, held_out),
         ],
-        flops_per_token=2 * per_row / config.model.context_length,
+        flops_per_token=2 * per_row / config.sequence_length,
         files={TEMPLATE_FILE: form.template},
     )
 
@@ -104,7 +104,7 @@ class _Pairs(PairRows):
 
 def _rows(config: Config, data: Data) -> tuple[_Pairs, _Pairs]:
     rankings = data.content
-    num_tokens = rounded(rankings.longest - 1, config.model.context_length) + 1
+    num_tokens = rounded(rankings.longest - 1, config.sequence_length) + 1
     sides = (_Pairs(side, num_tokens, data.tokenizer.padding_id) for side in (rankings.train, rankings.validation))
     return tuple(sides)
 

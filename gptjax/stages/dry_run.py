@@ -30,6 +30,6 @@ def first_rows(config: Config, num_rows: int = 2, log: Callable[[str], None] = p
         UserError: as the stage's `load_data`, and where there is not one row.
     """
     stage = STAGES[config.stage]
-    config = stage.configure(start.inherit(config))
+    config = stage.configure(start.inherit(config, log=log))
     data = stage.load_data(config, None, log)
     return FirstRows(config, data, *stage.example_rows(config, data, num_rows))

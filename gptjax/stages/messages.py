@@ -22,18 +22,29 @@ def description(config: Config, progress: Progress, of_stage: Sequence[str]) -> 
     """What is about to run, in a few lines, the last ones the stage's own."""
     device, model, training = jax.devices()[0], config.model, config.training
     counts = parameter_counts(model)
-    sequences = final_progress(training, model.context_length).sequences
+    T = config.sequence_length
+    sequences = final_progress(training, T).sequences
     return "\n".join(
         (
             f"model: {counts['total']:,} parameters ({counts['embedding']:,} of them embedding), "
             f"{model.num_layers} layers, context {model.context_length}, {model.compute_dtype}",
             f"devices: {jax.device_count()} × {device.device_kind}, mesh {axes(config.mesh)}",
             f"attention: {attention_kernels(config)}",
-            f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences, "
-            f"{sequences * model.context_length:,} tokens, in {config.run_dir}",
+            f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences of {T} tokens, "
+            f"{sequences * T:,} tokens, in {config.run_dir}",
+            *of_length(config),
             *of_stage,
         )
     )
+
+
+def of_length(config: Config) -> list[str]:
+    """That rows are not as long as the model's context, where they are not."""
+    length, context = config.sequence_length, config.model.context_length
+    if length == context:
+        return []
+    compared, then = ("shorter", "") if length < context else ("longer", ", where samples end")
+    return [f"rows: training.sequence_length {length} is {compared} than the model's context of {context}{then}"]
 
 
 def of_rows(config: Config, sources: dict[str, Rows], held_out: Rows) -> list[str]:
@@ -43,7 +54,7 @@ def of_rows(config: Config, sources: dict[str, Rows], held_out: Rows) -> list[st
         sources: rows of the training split, by the source's name.
         held_out: rows of the validation split.
     """
-    training, T = config.training, config.model.context_length
+    training, T = config.training, config.sequence_length
     sequences = final_progress(training, T).sequences
     evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
     return [
@@ -58,7 +69,9 @@ def attention_kernels(config: Config) -> str:
     Raises:
         UserError: the one that `model.attention_kernel` forces cannot run.
     """
-    calls = kernels.training_calls(config.model, documents=config.separates_documents, context=config.mesh.context)
+    calls = kernels.training_calls(
+        config.model, config.sequence_length, documents=config.separates_documents, context=config.mesh.context
+    )
     return kernels.describe(config.model, calls, kernels.this_machine())
 
 
@@ -67,12 +80,12 @@ def axes(mesh: MeshConfig) -> str:
     return " × ".join(f"{name} {size}" for name, size in dataclasses.asdict(mesh).items() if name != "expert")
 
 
-def _epochs(sources: dict[str, Rows], weights: Sequence[float], sequences: int, context_length: int) -> Iterator[str]:
+def _epochs(sources: dict[str, Rows], weights: Sequence[float], sequences: int, sequence_length: int) -> Iterator[str]:
     relative = [weight / max(weights) for weight in weights]  # the sum of the weights themselves may overflow
     for (name, rows), weight in zip(sources.items(), relative, strict=True):
         share = weight / sum(relative)
         epochs = share * sequences / len(rows)
-        yield f"  {100 * share:.3g} % from {name}: {len(rows) * context_length:,} tokens, {epochs:.2g} epochs"
+        yield f"  {100 * share:.3g} % from {name}: {len(rows) * sequence_length:,} tokens, {epochs:.2g} epochs"
 
 
 def closing(summary: dict[str, Any], directory: Path, config: Config) -> str:

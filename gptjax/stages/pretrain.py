@@ -39,7 +39,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     if tokenizer is None and config.model.init_from:
         tokenizer = start.tokenizer(config)
     prepared = prepare(config.data, tokenizer or config.tokenizer, log=log)
-    num_rows = (len(prepared.tokens("train")) - 1) // config.model.context_length
+    num_rows = (len(prepared.tokens("train")) - 1) // config.sequence_length
     return Data(prepared.tokenizer, prepared.index.content_fingerprint, str(prepared.folder), num_rows, prepared)
 
 
@@ -91,7 +91,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         evaluate=callbacks.evaluator(config, held_out, data.tokenizer, weights.whole),
         sample=callbacks.sampler(directory, write, log),
         description=lambda progress: messages.of_rows(config, sources, held_out),
-        flops_per_token=training_flops_per_token(config.model).total,
+        flops_per_token=training_flops_per_token(config.model, config.sequence_length).total,
     )
 
 
@@ -129,7 +129,7 @@ def training_rows(data: PreparedData, config: Config) -> dict[str, TokenRows]:
 
 def _rows(tokens: TokenArray, what: str, config: Config) -> TokenRows:
     try:
-        return TokenRows(tokens, config.model.context_length)
+        return TokenRows(tokens, config.sequence_length)
     except UserError as error:
         fraction = config.data.validation_fraction
         raise UserError(f"{what} (data.validation_fraction {fraction:g}): {error}") from None

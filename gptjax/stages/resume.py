@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from gptjax.config import Config
-from gptjax.config_files import from_dict
+from gptjax.config_files import saved_config
 from gptjax.errors import UserError
 from gptjax.parallel import distributed
 from gptjax.resolve import refit_mesh
@@ -84,7 +84,7 @@ def start(
     choice = recovery.choose(checkpoints, checkpoint.steps_by_age, verify=verify, glance=True)
     metadata = checkpoint.read_metadata(checkpoints, choice.step)
     # What config.json says may have been changed since, by hand or by a bad disk; a checkpoint has checksums.
-    run_dir.merge_resume(from_dict(metadata["config"]), config, accepted)
+    run_dir.merge_resume(saved_config(metadata["config"]), config, accepted)
     if metadata["data"] != data.fingerprint and "data.path" not in accepted:
         raise UserError(
             f"the tokens in {data.place} are not those that {directory} was trained on: the text of data.path has "

@@ -74,18 +74,18 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     tokenizer = tokenizer or start.tokenizer(config)
     form, skipped = chats.layout(config, tokenizer), Counter()
     items = read_items(config.data, ranked_answers_of, skipped)
-    # A pair's tokens are inputs and, shifted by one, labels; a score is of the tokens alone, one fewer of which fit.
-    length, sides = config.model.context_length - (config.stage == "reward"), []
+    # A pair's tokens are inputs and, shifted by one, labels; a score is of the tokens alone.
+    length, shifted, sides = config.sequence_length, config.stage != "reward", []
     for side in split_items(items, config.data):
-        groups, counts = encode_answers(form, side, length, config.data.on_long)
+        groups, counts = encode_answers(form, side, length, config.data.on_long, shifted)
         skipped += counts
         if not groups:
-            raise UserError(f"no answers are left to compare that fit model.context_length {length}")
+            raise UserError(f"no answers are left to compare that fit training.sequence_length {length}")
         sides.append(groups)
     log(f"data: {len(items):,} prompts, {len(sides[0]):,} to learn from, {len(sides[1]):,} held out{left_out(skipped)}")
     mark = fingerprint(
         [[item.prompt, item.answers, item.ranks] for item in items],
-        *(tokenizer.fingerprint, form.template, length, config.data.on_long),
+        *(tokenizer.fingerprint, form.template, length - (not shifted), config.data.on_long),
         *(config.data.split, config.data.validation_fraction),
     )
     return Data(tokenizer, mark, " ".join(config.data.path), len(sides[0]), Rankings(form, *sides))
@@ -94,7 +94,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
 def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The answers to the first prompt, (K, T), and which of their tokens are an answer's."""
     rankings = data.content
-    group, tokens = rankings.train[0], rounded(rankings.longest, config.model.context_length)
+    group, tokens = rankings.train[0], rounded(rankings.longest, config.sequence_length)
     row = RankedRows([group], len(group.answers), tokens, data.tokenizer.padding_id)[0]
     mask_KT = np.zeros(row["tokens"].shape, bool)
     for k, answer in enumerate(group.answers):
@@ -105,7 +105,7 @@ def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray,
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:
     """The stage under the current mesh."""
     rankings, training, padding = data.content, config.training, data.tokenizer.padding_id
-    num_tokens = rounded(rankings.longest, config.model.context_length)
+    num_tokens = rounded(rankings.longest, config.sequence_length)
     rows, held_out = (
         RankedRows(side, rankings.num_answers, num_tokens, padding) for side in (rankings.train, rankings.validation)
     )
@@ -147,7 +147,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
             *messages.of_rows(config, {" ".join(config.data.path): rows}, held_out),
         ],
         # The head makes one number and not a vocabulary, which is a small part of this that is counted too much.
-        flops_per_token=rankings.num_answers * per_row / config.model.context_length,
+        flops_per_token=rankings.num_answers * per_row / config.sequence_length,
         files={TEMPLATE_FILE: rankings.form.template},
     )
 

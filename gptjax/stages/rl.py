@@ -27,7 +27,7 @@ from gptjax.evaluation.rewards import find_reward
 from gptjax.model.gpt import Params
 from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
-from gptjax.sampling.rollout import Rollout, rollout
+from gptjax.sampling.rollout import Rollout, longest_prompt, rollout
 from gptjax.stages import callbacks, chats, start
 from gptjax.stages.judges import Judge, make_judge
 from gptjax.stages.stage import Data
@@ -93,15 +93,16 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     tokenizer = tokenizer or start.tokenizer(config)
     find_reward(config.rl.reward)  # a name that is none is no reason to read the data first
     form, skipped = chats.layout(config, tokenizer), Counter()
-    most_tokens = config.model.context_length - config.rl.answer_tokens + 1
+    length, bound = _room(config)
+    most_tokens = longest_prompt(length, config.rl.answer_tokens)
     if most_tokens < 1:
         raise UserError(
-            f"rl.answer_tokens {config.rl.answer_tokens} leaves no room for a prompt in model.context_length "
-            f"{config.model.context_length}"
+            f"rl.answer_tokens {config.rl.answer_tokens} leaves no room for a prompt in {bound} {length}; at most "
+            f"{length - 1} work"
         )
     items, sides = read_items(config.data, task_of, skipped), []
     for side in split_items(items, config.data):
-        prompts, counts = encode_prompts(form, side, most_tokens, config.data.on_long)
+        prompts, counts = encode_prompts(form, side, most_tokens, config.data.on_long, f"{bound} {length}")
         skipped += counts
         if not prompts:
             raise UserError(f"no prompt is left of at most {most_tokens} tokens")
@@ -109,12 +110,20 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     log(f"data: {len(items):,} prompts, {len(sides[0]):,} to answer, {len(sides[1]):,} held out{left_out(skipped)}")
     mark = fingerprint(
         [[item.prompt, item.answer] for item in items],
-        *(tokenizer.fingerprint, form.template, most_tokens, config.data.on_long),
+        # One more, as in runs that began when prompts were let in that no answer could be drawn to.
+        *(tokenizer.fingerprint, form.template, most_tokens + 1, config.data.on_long),
         *(config.data.split, config.data.validation_fraction),
     )
     content = Prompts(form, *sides, padded_tokens([*sides[0], *sides[1]], most_tokens))
     num_rows = len(sides[0]) * group_size(config) * config.rl.inner_epochs
     return Data(tokenizer, mark, " ".join(config.data.path), num_rows, content)
+
+
+def _room(config: Config) -> tuple[int, str]:
+    """Tokens that prompt and answer have together, and the field that says so: an answer is drawn within the model's
+    context, and learned from in a row."""
+    rows, context = config.sequence_length, config.model.context_length
+    return (rows, "training.sequence_length") if rows <= context else (context, "model.context_length")
 
 
 def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +144,7 @@ def reward_of(config: Config, data: Data) -> Judge:
 def row_tokens(config: Config, data: Data) -> int:
     """T: prompt and answer, of which all but the last are inputs, padded so that meshes can divide those."""
     inputs = data.content.padded_tokens + config.rl.answer_tokens - 1
-    return rounded(inputs, config.model.context_length) + 1
+    return rounded(inputs, _room(config)[0]) + 1
 
 
 class Drawn(NamedTuple):

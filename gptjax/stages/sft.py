@@ -14,7 +14,7 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.data.conversations import conversation_of, fingerprint, left_out, read_items, split_items
 from gptjax.data.loader import RowStream
-from gptjax.data.packing import Example, PackedRows, fit_context
+from gptjax.data.packing import Example, PackedRows, fit_rows
 from gptjax.errors import UserError
 from gptjax.model.accounting import training_flops_per_token
 from gptjax.model.gpt import GPT
@@ -46,19 +46,20 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         tokenizer: the run's own, where it goes on; None: that of `model.init_from` or of `tokenizer.path`.
 
     Raises:
-        UserError: what cannot be read; or a conversation is longer than the context under `data.on_long` stop.
+        UserError: what cannot be read; or a conversation is longer than a row under `data.on_long` stop.
     """
     tokenizer = tokenizer or start.tokenizer(config)
     form, skipped = chats.layout(config, tokenizer), Counter()
     items = read_items(config.data, conversation_of, skipped)
-    length, sides = config.model.context_length, []
+    length, sides = config.sequence_length, []
     for side in split_items(items, config.data):
         rows = [(row, item.origin) for item in side for row in form.rows(item.messages)]
         examples = [Example(np.array(row.token_ids, np.int32), np.array(row.learned)) for row, _ in rows]
-        fitted, counts = fit_context(examples, [origin for _, origin in rows], length, config.data.on_long)
+        fitted, counts = fit_rows(examples, [origin for _, origin in rows], length, config.data.on_long)
         if not fitted:
             raise UserError(
-                f"no conversation is left that fits model.context_length {length}; --data.on-long truncate cuts them"
+                f"no conversation is left that fits training.sequence_length {length}; --data.on-long truncate cuts "
+                "them"
             )
         sides.append(fitted)
         skipped += counts
@@ -113,6 +114,6 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         evaluate=callbacks.evaluator(config, held_out, data.tokenizer, weights.whole),
         sample=chats.sampler(config, directory, data.tokenizer, form, weights.whole, log),
         description=description,
-        flops_per_token=training_flops_per_token(config.model).total,
+        flops_per_token=training_flops_per_token(config.model, config.sequence_length).total,
         files={TEMPLATE_FILE: form.template},
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gptjax.config import Config, ModelConfig
+from gptjax.config import Config, ModelConfig, foreign_row_tokens
 from gptjax.errors import UserError
 from gptjax.interop.huggingface import read_config
 from gptjax.interop.places import is_foreign, tokenizer_of
@@ -26,11 +26,12 @@ OWN = (
 """Fields of the model that a run decides for itself; the others are its shape."""
 
 
-def inherit(config: Config, continued: bool = False) -> Config:
-    """The configuration with the shape and the tokenizer of `model.init_from`, where that is given.
+def inherit(config: Config, continued: bool = False, log: Callable[[str], None] = lambda line: None) -> Config:
+    """The configuration with the shape and the tokenizer of `model.init_from`, where that is given, and rows as long.
 
     Args:
         continued: whether the run has begun: then it knows these itself, if what it began with is gone.
+        log: is told how long rows are, where `training.sequence_length` does not say.
 
     Raises:
         UserError: it is no run, or another shape or tokenizer was asked for.
@@ -39,7 +40,8 @@ def inherit(config: Config, continued: bool = False) -> Config:
     if not source:
         return config
     gone = continued and not (is_foreign(Path(source)) or Path(source, CONFIG_FILE).is_file())
-    model = model_of(Path(config.run_dir if gone else source))
+    place = Path(config.run_dir if gone else source)
+    model = model_of(place)
     default, shape = ModelConfig(), {}
     for field in dataclasses.fields(ModelConfig):
         asked, there = getattr(config.model, field.name), getattr(model, field.name)
@@ -60,7 +62,22 @@ def inherit(config: Config, continued: bool = False) -> Config:
             "leave it out"
         )
     tokenizer = dataclasses.replace(config.tokenizer, path=path)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **shape), tokenizer=tokenizer)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape), tokenizer=tokenizer)
+    if continued or config.training.sequence_length:
+        return config
+    length, reason = _row_length(place, model)
+    log(f"rows of {length} tokens: {reason}; training.sequence_length decides otherwise")
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, sequence_length=length))
+
+
+def _row_length(place: Path, model: ModelConfig) -> tuple[int, str]:
+    """Tokens of a row where nobody says how many, and why so many."""
+    if not is_foreign(place):
+        return load_run_config(place)[0].sequence_length, f"those of {place}"
+    length = foreign_row_tokens(model)
+    if length == model.context_length:
+        return length, f"the context of {place}"
+    return length, f"at most so many of the {model.context_length} that {place} can read"
 
 
 def model_of(place: Path) -> ModelConfig:

@@ -76,7 +76,7 @@ def train(
     with console or _console() as console:
         continued = (directory / run_dir.CONFIG_FILE).is_file()
         with distributed.together():
-            config = STAGES[config.stage].configure(start.inherit(config, continued))
+            config = STAGES[config.stage].configure(start.inherit(config, continued, console.message))
         if continued:
             with distributed.together():
                 config = resume.merge_with_saved(config, directory, accept_changes, console)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from gptjax.config import Config, ModelConfig, TokenizerConfig
+from gptjax.config import Config, ModelConfig, TokenizerConfig, TrainingConfig, foreign_row_tokens
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.places import is_foreign
@@ -89,7 +89,12 @@ def load_run(
 def _load_foreign(directory: Path, log: Callable[[str], None]) -> Run:
     model = huggingface.read_config(directory)
     tokenizer = huggingface.read_tokenizer(directory, model, log)
-    given = Config(model=model, tokenizer=TokenizerConfig(path=str(directory)), run_dir=str(directory))
+    given = Config(
+        model=model,
+        tokenizer=TokenizerConfig(path=str(directory)),
+        training=TrainingConfig(sequence_length=foreign_row_tokens(model)),
+        run_dir=str(directory),
+    )
     config = resolve(given, jax.devices(), tokenizer)
     params = huggingface.read_params(directory, config.model)
     return Run(directory, config, tokenizer, GPT(config.model), params, 0)

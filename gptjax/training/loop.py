@@ -205,7 +205,7 @@ def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: in
         size = batch_size(training, progress)
         counts_K[k] = size // B
         rates_K[k] = learning_rate(config.optimizer, progress)
-        progress = progress.advance(size, config.model.context_length)
+        progress = progress.advance(size, config.sequence_length)
     rows = stream.take(int(counts_K.sum()) * B, state)
     rows = rows if isinstance(rows, Mapping) else {"tokens": rows}
 

@@ -22,7 +22,7 @@ import jax
 
 from gptjax.checks import require
 from gptjax.config import Config
-from gptjax.config_files import HOW_TO_USE, differences, flat, from_dict, replace_fields, require_own, to_dict
+from gptjax.config_files import HOW_TO_USE, differences, flat, replace_fields, require_own, saved_config, to_dict
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
 from gptjax.training.metrics import metrics_line, read_metrics
@@ -208,8 +208,7 @@ def load_run_config(run: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     require_own(values, path)
-    environment = values.pop("environment", {})
-    return from_dict(values), environment
+    return saved_config(values), values.get("environment", {})
 
 
 def _runs_beside(path: Path) -> str:

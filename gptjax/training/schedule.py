@@ -24,12 +24,12 @@ class Progress(NamedTuple):
         """Of the next sequence, in the order of the data."""
         return self.sequences + self.left_out
 
-    def advance(self, sequences: int, context_length: int) -> "Progress":
+    def advance(self, sequences: int, sequence_length: int) -> "Progress":
         """The progress after one more step of so many sequences."""
         return self._replace(
             step=self.step + 1,
             sequences=self.sequences + sequences,
-            tokens=self.tokens + sequences * context_length,
+            tokens=self.tokens + sequences * sequence_length,
         )
 
 
@@ -81,11 +81,11 @@ def batch_size(config: TrainingConfig, progress: Progress) -> int:
     return max(micro, int(grown) // micro * micro)
 
 
-def final_progress(config: TrainingConfig, context_length: int) -> Progress:
+def final_progress(config: TrainingConfig, sequence_length: int) -> Progress:
     """The progress at the end of a run, its batch ramp included."""
     progress = Progress()
     while progress.step < config.steps and (size := batch_size(config, progress)) < config.batch_size:
-        progress = progress.advance(size, context_length)
+        progress = progress.advance(size, sequence_length)
     left = config.steps - progress.step
     sequences = progress.sequences + left * config.batch_size
-    return Progress(config.steps, sequences, sequences * context_length)
+    return Progress(config.steps, sequences, sequences * sequence_length)

@@ -28,7 +28,7 @@ def order(rows: TokenRows, count: int, seed: int = 0, position: int = 0, **optio
 @settings(deadline=None)
 def test_every_token_but_the_first_is_a_label_once(length, context_length):
     if length <= context_length:
-        with pytest.raises(UserError, match=rf"{length} tokens are too few .*context_length {length - 1} or less"):
+        with pytest.raises(UserError, match=rf"{length} tokens are too few .*sequence_length {length - 1} or less"):
             TokenRows(np.arange(length), context_length)
         return
     rows = TokenRows(np.arange(length), context_length)

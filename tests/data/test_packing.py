@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax.data.packing import Example, PackedRows, fit_context, pack
+from gptjax.data.packing import Example, PackedRows, fit_rows, pack
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
@@ -73,16 +73,16 @@ def test_no_token_sees_another_example(tiny):
 
 def test_what_does_not_fit():
     examples, origins = [example(5), example(12)], ["a:1", "a:2"]
-    with pytest.raises(UserError, match=r"a:2: 12 tokens do not fit model.context_length 8 .*1 of 2.*on-long"):
-        fit_context(examples, origins, 8, "stop")
-    kept, counts = fit_context(examples, origins, 8, "skip")
+    with pytest.raises(UserError, match=r"a:2: 12 tokens do not fit training.sequence_length 8 .*1 of 2.*on-long"):
+        fit_rows(examples, origins, 8, "stop")
+    kept, counts = fit_rows(examples, origins, 8, "skip")
     assert [len(e.token_ids) for e in kept] == [5]
     assert counts == {"too long and left out": 1}
-    kept, counts = fit_context(examples, origins, 8, "truncate")
+    kept, counts = fit_rows(examples, origins, 8, "truncate")
     assert [len(e.token_ids) for e in kept] == [5, 9]
     assert counts == {"too long and cut": 1}
     unlearned = [Example(np.ones(12, np.int32), np.arange(12) > 10)]
-    assert fit_context(unlearned, ["b"], 8, "truncate")[0] == [], "nothing of it would be learned"
+    assert fit_rows(unlearned, ["b"], 8, "truncate")[0] == [], "nothing of it would be learned"
 
 
 def test_rows_go_to_a_mesh(tiny):

@@ -7,7 +7,7 @@ import pytest
 
 import train
 from gptjax.__main__ import main
-from gptjax.config import Config, ModelConfig, TokenizerConfig, TrainingConfig
+from gptjax.config import Config, MeshConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts, training_flops_per_token
 from gptjax.model.devices import DEVICES, Device, named, of_kind
@@ -34,6 +34,29 @@ def test_time_and_price_follow_from_flops_and_the_assumed_share():
     # What is recomputed takes time and is no model FLOP: two forward and one backward pass for one of each.
     full = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
     assert make_plan(full, H100, 8, efficiency=0.5).tokens_per_second == pytest.approx(rate * 3 / 4)
+
+
+def test_rows_shorter_than_the_context_are_what_is_planned():
+    """All that a run does depends on its rows, and only keys and values and learned positions on what it can read."""
+    model = ModelConfig(num_layers=2, model_dim=64, num_heads=4, vocab_size=512, context_length=256, positions="rope")
+    config = Config(model=model, training=TrainingConfig(steps=10, batch_size=16, micro_batch_size=8))
+    rows = dataclasses.replace(config.training, sequence_length=256)
+    long = dataclasses.replace(model, context_length=8192)
+    mesh = MeshConfig(fsdp=2, context=2)
+    short, plan, whole = (
+        make_plan(Config(model=m, training=t, mesh=mesh), H100, 8)
+        for m, t in ((model, config.training), (long, rows), (long, config.training))
+    )
+    own = ("model", "training", "cache_bytes")
+    differing = [name for name in plan._fields if getattr(plan, name) != getattr(short, name)]
+    assert set(differing) == set(own)
+    assert plan.cache_bytes == whole.cache_bytes == 32 * short.cache_bytes
+    assert plan.memory.activations == pytest.approx(whole.memory.activations / 32, rel=0.01)
+    assert plan.tokens == whole.tokens / 32
+    learned = [dataclasses.replace(m, positions="learned") for m in (model, long)]
+    one, other = (make_plan(Config(model=m, training=rows, mesh=mesh), H100, 8) for m in learned)
+    assert other.parameters["positions"] == 32 * one.parameters["positions"]
+    assert other.flops == one.flops
 
 
 def test_what_there_is_buys_tokens():

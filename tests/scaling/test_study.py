@@ -51,6 +51,15 @@ def test_budgets_by_parameters_and_by_flops():
     assert run.flops == run.tokens * training_flops_per_token(model).total == pytest.approx(1e9, rel=0.01)
 
 
+def test_budgets_are_counted_in_rows():
+    """A run whose rows are shorter than its context has more steps for its tokens, of fewer FLOPs."""
+    half = dataclasses.replace(BASE, training=dataclasses.replace(BASE.training, sequence_length=8))
+    (run,), (short,) = (expand(study(base=base, sizes={"a": {}}, tokens=(320,))) for base in (BASE, half))
+    assert (run.tokens, short.tokens) == (320, 320)
+    assert short.config.training.steps == 2 * run.config.training.steps
+    assert short.flops < run.flops
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
