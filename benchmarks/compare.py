@@ -148,6 +148,8 @@ def _nanogpt(config: Config, checkout: Path, dtype: str, mode: str, options: Any
         "model.positions": m.positions != "learned",
         "model.norm": m.norm != "layernorm" or m.norm_position != "pre",
         "model.norm_bias": m.norm_bias != m.bias,
+        "model.qkv_bias": m.resolved_qkv_bias != m.bias,
+        "model.ffn_bias": m.resolved_ffn_bias != m.bias,
         "model.feed_forward": m.gated or m.feed_forward not in ("gelu", "gelu_tanh"),
         "model.ffn_dim": m.resolved_ffn_dim != 4 * m.model_dim,
         "model.num_kv_heads": m.resolved_num_kv_heads != m.num_heads,

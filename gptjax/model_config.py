@@ -1,7 +1,7 @@
 """The model's section of a configuration: the shape of the Transformer, and how it is computed. See `config.py`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from gptjax.checks import require, require_range, require_types
@@ -51,17 +51,27 @@ class ModelConfig:
     rope_fraction: float = 1.0
     """Share of each head that is rotated."""
     rope_local_base: float | None = None
-    """Base of local layers, which rope_scaling leaves alone. None: rope_base."""
-    rope_scaling: Literal["none", "linear", "llama3"] = "none"
-    """How dense layers reach past the context they were made for: all wavelengths longer, or only the long ones."""
+    """Base of local layers. None: rope_base."""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    """How positions reach past the context they were made for: all wavelengths longer, or the long ones more."""
+    rope_scale_local: bool = False
+    """Whether rope_scaling holds for local layers, too, whose window may never reach that far."""
     rope_factor: float = 1.0
-    """By how much rope_scaling makes them longer."""
+    """By how much rope_scaling makes wavelengths longer."""
     rope_original_length: int = 8192
-    """Context that llama3 starts from, in tokens."""
+    """Context that llama3, yarn and longrope start from, in tokens."""
     rope_low_frequency: float = 1.0
-    """Wavelengths that fit fewer times into it become rope_factor times as long, under llama3."""
-    rope_high_frequency: float = 4.0
-    """Those that fit more often stay as they are; between the two llama3 goes over from one to the other."""
+    """Wavelengths that fit fewer times into it become rope_factor times as long, under llama3 and yarn."""
+    rope_high_frequency: float | None = None
+    """Those that fit more often stay as they are; between the two lies a transition. None: 4, or 32 under yarn."""
+    rope_truncate: bool = True
+    """Round yarn's transition outward to whole pairs of dimensions."""
+    rope_attention_factor: float | None = None
+    """Rotated queries and keys are multiplied by this under yarn and longrope. None: what their papers say."""
+    rope_short_factors: tuple[float, ...] = ()
+    """By how much longrope makes each wavelength longer where context_length is at most rope_original_length."""
+    rope_long_factors: tuple[float, ...] = ()
+    """By how much where context_length is more, for texts of any length."""
     feed_forward: Literal["relu", "gelu_tanh", "gelu", "relu2", "swiglu", "geglu"] = "gelu_tanh"
     """Activation of the feed-forward layer; swiglu and geglu are gated."""
     attention_pattern: tuple[Literal["dense", "local"], ...] = ("dense",)
@@ -82,6 +92,8 @@ class ModelConfig:
     """Whether the linear layers of the blocks have biases."""
     qkv_bias: bool | None = None
     """Whether those of queries, keys and values have. None: bias."""
+    ffn_bias: bool | None = None
+    """Whether those of the feed-forward layer have. None: bias."""
     tie_embeddings: bool = True
     """Use the token embedding as the output head."""
     head_bias: bool = False
@@ -132,7 +144,7 @@ class ModelConfig:
             *("base_model_dim", "base_num_layers", "base_head_dim"),
         )
         require_range("model.", self, 0, math.inf, "attention_softcap", "logit_softcap", "initializer_std")
-        require_range("model.", self, 1e-6, math.inf, "query_scale_dim", "rope_low_frequency")
+        require_range("model.", self, 1e-6, math.inf, "query_scale_dim", "rope_low_frequency", "rope_attention_factor")
         require_range("model.", self, 0, 1, "rope_fraction")
         require_range("model.", self, 0, 0.99, "embedding_dropout", "attention_dropout", "residual_dropout")
         require(
@@ -159,9 +171,9 @@ class ModelConfig:
         )
         require(len(self.attention_pattern) > 0, "model.attention_pattern is empty; the usual one is dense")
         require(
-            self.rope_low_frequency < self.rope_high_frequency,
+            self.rope_low_frequency < self.resolved_rope_high_frequency,
             f"model.rope_low_frequency {self.rope_low_frequency:g} is not below model.rope_high_frequency "
-            f"{self.rope_high_frequency:g}",
+            f"{self.resolved_rope_high_frequency:g}",
         )
         require(
             not self.parallel_residual or self.norm_position == "pre",
@@ -174,6 +186,27 @@ class ModelConfig:
                 f"model.rope_fraction {self.rope_fraction:g} of head_dim {self.resolved_head_dim} rotates "
                 f"{self.rotary_dim} dimensions, which must be an even number",
             )
+        self._require_rope_scaling()
+
+    def _require_rope_scaling(self) -> None:
+        require(
+            self.rope_attention_factor in (None, 1) or self.rope_scaling in ("yarn", "longrope"),
+            f"model.rope_attention_factor {self.rope_attention_factor} is for model.rope_scaling yarn and longrope, "
+            f"not {self.rope_scaling}",
+        )
+        require(
+            self.rope_scaling != "yarn" or self.rope_base > 1,
+            f"model.rope_base is {self.rope_base:g}, but must be more than 1 for model.rope_scaling yarn",
+        )
+        if self.rope_scaling == "longrope":
+            require_range("model.", self, 2, math.inf, "rope_original_length")
+            for name in ("rope_short_factors", "rope_long_factors"):
+                factors, pairs = getattr(self, name), self.rotary_dim // 2
+                require(
+                    len(factors) == pairs and all(factor > 0 for factor in factors),
+                    f"model.{name} must be {pairs} numbers above 0, one for each pair of the {self.rotary_dim} "
+                    f"dimensions that are rotated, and is {list(factors)}",
+                )
 
     @property
     def resolved_head_dim(self) -> int:
@@ -188,12 +221,31 @@ class ModelConfig:
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
+    def resolved_ffn_bias(self) -> bool:
+        return self.bias if self.ffn_bias is None else self.ffn_bias
+
+    @property
     def resolved_query_scale_dim(self) -> float:
         return self.query_scale_dim or float(self.resolved_head_dim)
 
     @property
     def resolved_rope_local_base(self) -> float:
         return self.rope_local_base or self.rope_base
+
+    @property
+    def resolved_rope_high_frequency(self) -> float:
+        return self.rope_high_frequency or (32.0 if self.rope_scaling == "yarn" else 4.0)
+
+    @property
+    def resolved_rope_attention_factor(self) -> float:
+        """Of YaRN (Peng et al. 2023) and LongRoPE (Ding et al. 2024); 1 where rope_scaling is another."""
+        if self.rope_attention_factor is not None:
+            return self.rope_attention_factor
+        if self.rope_scaling == "yarn":
+            return 0.1 * math.log(self.rope_factor) + 1
+        if self.rope_scaling == "longrope":
+            return math.sqrt(1 + math.log(self.rope_factor) / math.log(self.rope_original_length))
+        return 1.0
 
     @property
     def gated(self) -> bool:
@@ -205,6 +257,11 @@ class ModelConfig:
         if self.ffn_dim is not None:
             return self.ffn_dim
         return 128 * math.ceil(self.model_dim * 8 / 3 / 128) if self.gated else 4 * self.model_dim
+
+    def filled(self) -> "ModelConfig":
+        """The same model with every field filled that is derived from others of it."""
+        names = [field.name for field in fields(self) if hasattr(self, f"resolved_{field.name}")]
+        return replace(self, **{name: getattr(self, f"resolved_{name}") for name in names})
 
     @property
     def rotary_dim(self) -> int:

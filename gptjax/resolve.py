@@ -50,13 +50,7 @@ def resolve(
             "leave model.vocab_size out to use the tokenizer's"
         )
     model = dataclasses.replace(
-        model,
-        num_kv_heads=model.resolved_num_kv_heads,
-        head_dim=model.resolved_head_dim,
-        ffn_dim=model.resolved_ffn_dim,
-        qkv_bias=model.resolved_qkv_bias,
-        query_scale_dim=model.resolved_query_scale_dim,
-        rope_local_base=model.resolved_rope_local_base,
+        model.filled(),
         vocab_size=model.vocab_size or tokenizer.vocab_size,
         compute_dtype=model.compute_dtype or default_compute_dtype(devices[0].platform),
     )

@@ -39,6 +39,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.scaling.depth": 0,
     "gptjax.interop": 3,
     "gptjax.interop.families": 0,
+    "gptjax.interop.tensor_names": 0,
     "gptjax.serving": 4,
     "gptjax.runs": 4,
     "gptjax.cli": 5,

@@ -10,7 +10,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, without the padding of the vocabulary; `total` is their sum."""
     D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
     N, K, L, V = config.num_heads, config.resolved_num_kv_heads, config.num_layers, config.vocab_size
-    bias, qkv_bias = int(config.bias), int(config.resolved_qkv_bias)
+    bias, qkv_bias, ffn_bias = map(int, (config.bias, config.resolved_qkv_bias, config.resolved_ffn_bias))
     norm = D * (2 if config.norm == "layernorm" and config.norm_bias else 1)
     up = 2 if config.gated else 1
     attention = 2 * D * N * H + 2 * D * K * H + qkv_bias * (N * H + 2 * K * H) + bias * D
@@ -19,7 +19,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "embedding": V * D,
         "positions": config.context_length * D if config.positions == "learned" else 0,
         "attention": L * attention,
-        "feed_forward": L * ((up + 1) * D * F + bias * (up * F + D)),
+        "feed_forward": L * ((up + 1) * D * F + ffn_bias * (up * F + D)),
         "norms": num_norms(config) * norm,
         "head": (0 if config.tie_embeddings else V * D) + (V if config.head_bias else 0),
     }
@@ -119,8 +119,9 @@ def traffic(config: ModelConfig, mesh: MeshConfig, batch_size: int, num_tokens: 
     t, c = mesh.tensor, 2 if config.compute_dtype == "bfloat16" else 4
     matrices = hidden_weights(config) // t
     norm = D * (2 if config.norm == "layernorm" and config.norm_bias else 1)
-    stored = num_norms(config) * norm + L * 2 * D * config.bias
-    whole = L * (config.resolved_qkv_bias * (N * H + 2 * K * H) + config.bias * F * (2 if config.gated else 1)) // t
+    stored = num_norms(config) * norm + L * D * (config.bias + config.resolved_ffn_bias)
+    whole = L * config.resolved_qkv_bias * (N * H + 2 * K * H) // t
+    whole += L * config.resolved_ffn_bias * F * (2 if config.gated else 1) // t
     whole += (L * 2 * H if config.qk_norm else 0) + (V // t if config.head_bias else 0)
     table, head = 4 * V * D // t, c * V * D // t  # as they are gathered; both have float32 gradients
     positions = 4 * config.context_length * D if config.positions == "learned" else 0

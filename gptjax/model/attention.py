@@ -17,7 +17,7 @@ from gptjax.model import kernels
 from gptjax.model.cache import LayerCache, key_positions, read, write
 from gptjax.model.few_queries import MOST_FEW, few_queries_attention
 from gptjax.model.layers import Linear, Norm, scaled
-from gptjax.model.positions import rotary_frequencies, rotate
+from gptjax.model.positions import rotary_factor, rotary_frequencies, rotate
 from gptjax.parallel import sharding
 from gptjax.parametrization import multipliers
 
@@ -208,8 +208,9 @@ class Attention(nn.Module):
             )
             q_BTNH, k_BTKH = norm(name="q_norm")(q_BTNH), norm(name="k_norm")(k_BTKH)
         if c.positions == "rope":
-            frequencies = rotary_frequencies(c, local=self.window is not None)
-            q_BTNH, k_BTKH = (rotate(x, place.positions, frequencies) for x in (q_BTNH, k_BTKH))
+            local = self.window is not None
+            turns = rotary_frequencies(c, local=local), rotary_factor(c, local=local)
+            q_BTNH, k_BTKH = (rotate(x, place.positions, *turns) for x in (q_BTNH, k_BTKH))
         factor = scale.attention * (H / c.resolved_query_scale_dim) ** 0.5
         return scaled(q_BTNH, factor), k_BTKH, v_BTKH
 

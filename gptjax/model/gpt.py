@@ -69,7 +69,7 @@ class Block(nn.Module):
             ffn_dim=c.resolved_ffn_dim,
             activation=c.feed_forward,
             gated=c.gated,
-            bias=c.bias,
+            bias=c.resolved_ffn_bias,
             init_std=c.initializer_std * scale.hidden_std,
             residual_std=c.initializer_std * scale.hidden_std * scale.ending_std * (2 * c.num_layers) ** -0.5,
             fp8=c.fp8,

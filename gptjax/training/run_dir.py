@@ -5,6 +5,7 @@ bits: versions, devices and the revision of the source.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import fnmatch
 import importlib.metadata
@@ -235,7 +236,8 @@ def merge_resume(
         UserError: fields differ that decide what the run has learned so far, all of which are listed; or a field is
             accepted that there is not.
     """
-    changes = differences(saved, requested)
+    # A run of an older version has no value of fields that are newer; what they are derived from, it has.
+    changes = differences(dataclasses.replace(saved, model=saved.model.filled()), requested)
     left_open = {name: before for name, (before, after) in changes.items() if after is None}
     left_open = {name: before for name, before in left_open.items() if not name.startswith("mesh.")}
     changes = {name: change for name, change in changes.items() if change[1] is not None}

@@ -10,14 +10,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gptjax.config import ModelConfig, TokenizerConfig
-from gptjax.config_files import load_config
 from gptjax.errors import UserError
 from gptjax.interop import huggingface, tensor_files
-from gptjax.interop.configs import from_theirs, to_theirs
 from gptjax.interop.families import FAMILIES
 from gptjax.interop.transfer import export_run, find_source, import_model
 from gptjax.model.gpt import GPT
-from gptjax.presets import gpt3
 from gptjax.text.tokenizer_training import train_tokenizer
 from gptjax.training.load import load_run
 from gptjax.training.state import init_params
@@ -37,12 +34,15 @@ GEMMA = {
     "attention_softcap": 50.0,
 }
 LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 16, "tie_embeddings": False}
+YARN = {"rope_scaling": "yarn", "rope_factor": 8.0, "rope_original_length": 16, "rope_truncate": False}
+LONGROPE = {"rope_scaling": "longrope", "rope_original_length": 16, "rope_factor": 2.0}
+LONGROPE |= {"rope_short_factors": (1.0, 1.5, 2.0, 2.5), "rope_long_factors": (1.0, 2.0, 3.0, 4.0)}
 MODELS = {
     "gpt2": SHAPE,
-    "llama": {**MODERN, **LLAMA3, "num_kv_heads": 1},
-    "mistral": {**MODERN, "attention_pattern": ("local",), "attention_window": 5},
+    "llama": {**MODERN, **LLAMA3, "num_kv_heads": 1, "bias": True, "ffn_bias": False},
+    "mistral": {**MODERN, **YARN, "attention_pattern": ("local",), "attention_window": 5, "rope_scale_local": True},
     "qwen2": {**MODERN, "qkv_bias": True, "head_dim": None},
-    "qwen3": {**MODERN, "qk_norm": True},
+    "qwen3": {**MODERN, **LONGROPE, "qk_norm": True},
     "apertus": {**MODERN, "feed_forward": "relu2", "qk_norm": True, "num_kv_heads": 2},
     "gpt_neox": {
         **SHAPE,
@@ -80,7 +80,8 @@ def test_a_model_comes_back(kind, tmp_path):
     again = huggingface.read_config(tmp_path)
     for field in dataclasses.fields(ModelConfig):
         resolved = f"resolved_{field.name}" if hasattr(config, f"resolved_{field.name}") else field.name
-        if field.name != "attention_window" or "local" in config.attention_pattern:
+        # Without such layers these two are for nothing, and not written.
+        if field.name not in ("attention_window", "rope_scale_local") or "local" in config.attention_pattern:
             assert getattr(again, resolved) == pytest.approx(getattr(config, resolved)), field.name
     jax.tree.map(np.testing.assert_array_equal, rows_of(huggingface.read_params(tmp_path, again)), rows_of(params))
 
@@ -97,91 +98,6 @@ def rows_of(params):
     """Without the padding of the vocabulary, which no other program has."""
     tables = {name: params[name][: SHAPE["vocab_size"]] for name in ("embedding", "head") if name in params}
     return jax.device_get(params | tables)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"feed_forward": "geglu"}, "feed_forward swiglu"),
-        ({"value_head": True}, "value_head False instead of True"),
-        ({"parametrization": "mup"}, "parametrization standard instead of mup"),
-        ({"attention_pattern": ("dense", "local"), "qk_norm": False}, "banded layers"),
-    ],
-)
-def test_a_model_that_no_family_has(changes, said):
-    with pytest.raises(UserError, match="transformers has no model like this one; the nearest it has is ") as error:
-        to_theirs(ModelConfig(**{**MODELS["qwen3"], **changes}))
-    assert said in str(error.value)
-
-
-def test_gpt3_has_banded_layers():
-    with pytest.raises(UserError, match="nearest it has is gpt2, which needs no banded layers"):
-        to_theirs(gpt3("125M").model)
-
-
-def test_older_fields_are_understood():
-    """Those that transformers had before its version 5, and those of Meta's and EleutherAI's own files."""
-    base = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling["original_max_position_embeddings"] = 64
-    old = from_theirs(
-        {**base, "rope_theta": 5e5, "rope_scaling": scaling, "torch_dtype": "bfloat16", "pretraining_tp": 1}
-    )
-    new = from_theirs({**base, "rope_parameters": {**scaling, "rope_theta": 5e5}})
-    assert old == new
-    assert (old.rope_base, old.rope_scaling, old.rope_factor, old.rope_original_length) == (5e5, "llama3", 8.0, 64)
-    neox = {**base, "model_type": "gpt_neox", "rotary_pct": 0.5, "rotary_emb_base": 2e4}
-    assert (from_theirs(neox).rope_fraction, from_theirs(neox).rope_base) == (0.5, 2e4)
-    gemma = {**base, "num_hidden_layers": 12, "num_key_value_heads": 1, "intermediate_size": 9, "sliding_window": 6}
-    found = from_theirs({**gemma, "model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4})
-    assert found.attention_pattern == ("local",) * 5 + ("dense",)
-    assert (found.rope_base, found.rope_local_base) == (1e6, 1e4)
-    assert from_theirs({**gemma, "model_type": "gemma2"}).attention_pattern == ("local", "dense")
-    qwen = {**base, "model_type": "qwen2", "num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window": 3}
-    assert from_theirs({**qwen, "use_sliding_window": False}).attention_pattern == ("dense",)
-    some = from_theirs({**qwen, "use_sliding_window": True, "max_window_layers": 3})
-    assert some.attention_pattern == ("dense",) * 3 + ("local",)
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"model_type": "bert"}, "model_type 'bert' is none of those that gptjax can compute: gpt2, llama, mistral"),
-        ({"attention_bias": True}, "attention_bias = true, which gptjax cannot compute; false works"),
-        ({"hidden_act": "gelu"}, 'hidden_act = "gelu", which gptjax cannot compute; silu work'),
-        ({"clip_qkv": 8.0}, "clip_qkv = 8.0, which gptjax does not know of llama models"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "scales rotary positions by 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "does not say by what factor"),
-        ({"hidden_size": None}, "lacks hidden_size"),
-        ({"hidden_size": "wide"}, "model.model_dim"),
-        ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "cannot be understood: KeyError('original_max_position"),
-        ({"rope_theta": "far", "rope_parameters": None}, "cannot be understood: ValueError("),
-    ],
-)
-def test_what_would_be_computed_otherwise_is_refused(fields, said):
-    _, theirs = to_theirs(ModelConfig(**{**MODERN, "tie_embeddings": False}))
-    with pytest.raises(UserError) as error:
-        from_theirs({name: value for name, value in (theirs | fields).items() if value is not None})
-    assert said in str(error.value)
-
-
-def test_apertus_has_an_activation_of_its_own():
-    """What its published models have, and what leaving fields out means, is refused; the quickstart is one of it."""
-    config = load_config(ROOT / "configs" / "quickstart.py").model
-    family, theirs = to_theirs(dataclasses.replace(config, vocab_size=300))
-    assert family.model_type == "apertus"
-    assert theirs["hidden_act"] == "relu2"
-    for name, said in (
-        ("hidden_act", '"xielu", which gptjax cannot compute'),
-        ("rope_parameters", "lacks rope_parameters"),
-    ):
-        with pytest.raises(UserError, match=said):
-            from_theirs({key: value for key, value in theirs.items() if key != name})
-
-
-def test_harmless_fields_are_not():
-    _, theirs = to_theirs(ModelConfig(**MODERN))
-    assert from_theirs(theirs | {"_anything": 3, "use_cache": False, "clip_qkv": None}) == from_theirs(theirs)
 
 
 @pytest.fixture

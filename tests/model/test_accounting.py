@@ -35,6 +35,7 @@ SWITCHES = {
     "qk_norm": [True, False],
     "bias": [True, False],
     "qkv_bias": [None, True, False],
+    "ffn_bias": [None, True, False],
     "tie_embeddings": [True, False],
     "head_bias": [True, False],
 }

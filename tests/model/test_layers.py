@@ -1,5 +1,6 @@
 """Layers against their formulas in NumPy, and the properties that the model leans on."""
 
+import dataclasses
 import functools
 import math
 
@@ -22,7 +23,7 @@ from gptjax.model.layers import (
     normal,
     softcap,
 )
-from gptjax.model.positions import rotary_frequencies, rotate, sinusoid
+from gptjax.model.positions import rotary_factor, rotary_frequencies, rotate, sinusoid
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
 
@@ -144,22 +145,71 @@ def test_rope_formula():
     np.testing.assert_allclose(turned, [0, np.cos(0.3), 0, np.sin(0.3)], atol=1e-6)
 
 
-def test_rope_scaling():
-    """Linear makes all wavelengths longer, llama3 only those that hardly fit into the old context; local layers have a
-    base of their own and no scaling."""
-    shape = functools.partial(ModelConfig, model_dim=64, num_heads=1, positions="rope", rope_factor=8.0)
-    plain = rotary_frequencies(shape(), local=False)
-    linear = shape(rope_scaling="linear", rope_local_base=100.0)
-    np.testing.assert_allclose(rotary_frequencies(linear, local=False) * 8, plain, rtol=1e-6)
-    np.testing.assert_allclose(rotary_frequencies(linear, local=True), 100.0 ** (-np.arange(32) / 32), rtol=1e-5)
-    llama3 = rotary_frequencies(shape(rope_scaling="llama3", rope_original_length=1000), local=False)
-    times = 1000 * plain / (2 * np.pi)
-    np.testing.assert_array_equal(llama3[times >= 4], plain[times >= 4])
-    np.testing.assert_allclose(llama3[times <= 1] * 8, plain[times <= 1], rtol=1e-6)
-    between = (times > 1) & (times < 4)
+SCALED = functools.partial(ModelConfig, model_dim=64, num_heads=1, positions="rope", rope_factor=8.0)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_rope_scaling(kind):
+    """Linear makes all wavelengths longer, llama3 and yarn only those that hardly fit into the old context."""
+    plain = rotary_frequencies(SCALED(), local=False)
+    np.testing.assert_allclose(rotary_frequencies(SCALED(rope_scaling="linear"), local=False) * 8, plain, rtol=1e-6)
+    config = SCALED(rope_scaling=kind, rope_original_length=1000, rope_truncate=False)
+    scaled, times = rotary_frequencies(config, local=False), 1000 * plain / (2 * np.pi)
+    often = {"llama3": 4, "yarn": 32}[kind]
+    np.testing.assert_array_equal(scaled[times >= often], plain[times >= often])
+    np.testing.assert_allclose(scaled[times <= 1] * 8, plain[times <= 1], rtol=1e-6)
+    between = (times > 1) & (times < often)
     assert between.any()
-    assert ((llama3[between] < plain[between]) & (llama3[between] * 8 > plain[between])).all()
-    assert (np.diff(llama3) < 0).all()
+    assert ((scaled[between] < plain[between]) & (scaled[between] * 8 > plain[between])).all()
+    assert (np.diff(scaled) < 0).all()
+
+
+def test_yarn_goes_over_by_the_number_of_the_pair():
+    """From the pair that turns 2^10 times in the old context to the one that turns 2^2.5 times; or, rounded outward,
+    from whole ones."""
+    config = SCALED(rope_scaling="yarn", rope_base=2.0**32, rope_original_length=411_774, rope_factor=4.0)  # 2^17 π
+    config = dataclasses.replace(config, rope_low_frequency=2.0**2.5, rope_high_frequency=2.0**10)
+    for truncate, first, last in ((False, 6, 13.5), (True, 5, 14)):
+        found = rotary_frequencies(dataclasses.replace(config, rope_truncate=truncate), local=False)
+        kept = (found * 2.0 ** np.arange(32) - 1 / 4) / (1 - 1 / 4)
+        np.testing.assert_allclose(kept, np.clip((last - np.arange(32)) / (last - first), 0, 1), atol=1e-5)
+
+
+def test_longrope_is_decided_by_the_context():
+    """Each wavelength has its own factor, from the one list or the other; the logits' from the ratio of contexts."""
+    short, long = tuple(1.0 + i for i in range(32)), tuple(2.0 + i for i in range(32))
+    config = SCALED(rope_scaling="longrope", rope_short_factors=short, rope_long_factors=long, context_length=8192)
+    plain = rotary_frequencies(SCALED(), local=False)
+    np.testing.assert_allclose(rotary_frequencies(config, local=False) * short, plain, rtol=1e-6)
+    longer = dataclasses.replace(config, context_length=8193)
+    np.testing.assert_allclose(rotary_frequencies(longer, local=False) * long, plain, rtol=1e-6)
+    assert rotary_factor(config, local=False) == pytest.approx((1 + np.log(8) / np.log(8192)) ** 0.5)
+
+
+def test_rotated_dimensions_alone_are_multiplied():
+    """And by nothing where rope_scaling is none of those that do."""
+    config = SCALED(rope_scaling="yarn", rope_fraction=0.5)
+    assert rotary_factor(config, local=False) == pytest.approx(0.1 * np.log(8) + 1)
+    assert rotary_factor(dataclasses.replace(config, rope_attention_factor=1.5), local=False) == 1.5
+    assert rotary_factor(SCALED(rope_scaling="linear"), local=False) == 1
+    x = jnp.ones((1, 1, 1, 64))
+    turned = rotate(x, jnp.zeros((1, 1), int), rotary_frequencies(config, local=False), 1.5)[0, 0, 0]
+    np.testing.assert_array_equal(turned, [1.5] * 32 + [1.0] * 32)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_local_layers_are_scaled_where_they_are_to_be(kind):
+    """Their base is another matter."""
+    dense = SCALED(rope_scaling=kind, rope_original_length=1000)
+    apart = dataclasses.replace(dense, rope_local_base=100.0)
+    np.testing.assert_allclose(rotary_frequencies(apart, local=True), 100.0 ** (-np.arange(32) / 32), rtol=1e-5)
+    assert rotary_factor(apart, local=True) == 1
+    alike = dataclasses.replace(dense, rope_scale_local=True)
+    for compute in (rotary_frequencies, rotary_factor):
+        np.testing.assert_array_equal(compute(alike, local=True), compute(dense, local=False))
+    other = dataclasses.replace(apart, rope_scale_local=True, rope_base=7.0)
+    expected = rotary_frequencies(dataclasses.replace(dense, rope_base=100.0), local=False)
+    np.testing.assert_array_equal(rotary_frequencies(other, local=True), expected)
 
 
 @pytest.mark.parametrize("dim", [6, 5])

@@ -177,6 +177,15 @@ def test_an_equal_request_changes_nothing():
     assert resolve(config, [Cpu()], SomeTokenizer()) == saved
 
 
+def test_a_run_that_is_older_than_a_field():
+    """It has no value of it; what it is derived from, it has. Another one is a change like any."""
+    saved = resolved()
+    old = replace_fields(saved, {"model.ffn_bias": None, "model.rope_attention_factor": None})
+    assert merge_resume(old, saved)[1] == {}
+    with pytest.raises(UserError, match="ffn_bias True → False"):
+        merge_resume(old, resolved(model__ffn_bias=False))
+
+
 def test_a_longer_run_keeps_its_schedule():
     config, changes = merge_resume(resolved(training__steps=100), replace_fields(Config(), {"training.steps": 300}))
     assert changes == {"training.steps": (100, 300)}
