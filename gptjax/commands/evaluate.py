@@ -107,9 +107,8 @@ def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
         raise UserError(f"--batch-size is {parsed.batch_size}, but must be at least 1")
     documents = list(_documents(run, parsed))
     num_tokens = sum(len(document.token_ids) for document in documents)
-    length = parsed.context_length or max(
-        1, min((getattr(run.config.training, "sequence_length", None) or min(model.context_length, 2048)), num_tokens)
-    )
+    usual = min(run.config.sequence_length, model.context_length, max(1, num_tokens))
+    length = usual if parsed.context_length is None else parsed.context_length
     if num_tokens < length:
         nearest = f"; --context-length {num_tokens} works" if num_tokens else ""
         raise UserError(f"the text has {num_tokens} tokens, fewer than one window of {length}{nearest}")
