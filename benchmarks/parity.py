@@ -53,6 +53,21 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "original_max_position_embeddings": 8,  # all texts here are longer: of shorter ones theirs has short_factor
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 8.0],
+}
 NEOX = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -84,8 +99,18 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("Llama", SHAPE | {"num_key_value_heads": 1}),
     "llama 3.1": ("Llama", SHAPE | {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "llama, yarn": ("Llama", SHAPE | {"rope_parameters": YARN}),
+    "llama, longrope": ("Llama", SHAPE | {"rope_parameters": LONGROPE}),
+    "llama, biases": ("Llama", SHAPE | {"attention_bias": True, "mlp_bias": True}),
+    "llama, biases of attention": ("Llama", SHAPE | {"attention_bias": True}),
     "mistral": ("Mistral", SHAPE | {"sliding_window": 7}),
+    "mistral, linear": ("Mistral", SHAPE | {"sliding_window": 7, "rope_parameters": LINEAR}),
     "qwen2": ("Qwen2", NO_HEAD_DIM | {"tie_word_embeddings": True}),
+    "qwen2, some local, linear": (
+        "Qwen2",
+        NO_HEAD_DIM
+        | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "rope_parameters": LINEAR},
+    ),
     "qwen3": ("Qwen3", SHAPE),
     "qwen3, some local": ("Qwen3", SHAPE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "apertus, squared ReLU": (
@@ -98,6 +123,7 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
         NEOX
         | {"use_parallel_residual": False, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     ),
+    "gpt_neox, no biases": ("GPTNeoX", NEOX | {"attention_bias": False}),
     "gemma2": ("Gemma2", SHAPE | {"sliding_window": 6, "query_pre_attn_scalar": 20}),
     "gemma3": (
         "Gemma3",

@@ -148,6 +148,12 @@ def _read_windows(family: Family, values: Mapping[str, Any], num_layers: int) ->
     window, has = values.get("sliding_window", 4096), family.window_fields
     if "use_sliding_window" in has and not values.get("use_sliding_window", False):
         window = None
+    twice = values.get("sliding_window_size")  # as some of Gemma 2's files have it
+    require(
+        twice in (None, window),
+        f"config.json has sliding_window_size {twice}, which transformers does not read: it takes "
+        f"sliding_window, {window}",
+    )
     if family.windows == "all":
         kinds = ["full_attention" if window is None else "sliding_attention"] * num_layers
     elif family.window_period > 1:

@@ -286,7 +286,7 @@ FAMILIES = {
             GEMMA,
             {"use_bidirectional_attention": (None, False)},
             windows="layers",
-            window_fields=("sliding_window", "layer_types"),
+            window_fields=("sliding_window", "layer_types", "sliding_window_size"),
             window_period=2,
             whole_heads=True,
         ),

@@ -93,6 +93,8 @@ def draw_windows(draw, fields, layers):
     if "use_sliding_window" in family.window_fields:
         sometimes(draw, fields, "use_sliding_window", True, True, False)
         sometimes(draw, fields, "max_window_layers", 0, 1)
+    if "sliding_window_size" in family.window_fields:
+        sometimes(draw, fields, "sliding_window_size", fields.get("sliding_window", 4096))
     if "sliding_window_pattern" in family.window_fields:
         sometimes(draw, fields, "sliding_window_pattern", 2, 3)
     windowed = fields.get("use_sliding_window", family.window_period > 1) and fields.get("sliding_window", 1)

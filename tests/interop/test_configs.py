@@ -106,6 +106,7 @@ def test_older_fields_are_understood():
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "which mistral models do not read"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 3}, "sliding_attention, and no sliding_window"),
         ({"model_type": "gemma2", "sliding_window_pattern": 3}, "does not know of gemma2 models"),
+        ({"model_type": "gemma2", "sliding_window_size": 8}, "it takes sliding_window, 4096"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "cannot be understood: ZeroDivisionError"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, which llama models of gptjax cannot have"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates 0.5 of each head, and llama models rotate all"),
