@@ -1,13 +1,13 @@
 """Text to token ids and back: byte-level BPE, bytes, characters or SentencePiece, each one `tokenizer.json`.
 
-All kinds are files in the format of the Hugging Face `tokenizers` library, which trains and runs
-them, so that other programs read them too. What is added here: a kind, the bytes of every token,
-a fingerprint, and the promise that text never becomes a special token.
+All kinds are files in the format of the Hugging Face `tokenizers` library, which trains and runs them. What is added
+here: a kind, the bytes of every token, a fingerprint, and the promise that text never becomes a special token.
 """
 
 import hashlib
 import json
 import os
+import re
 import threading
 import unicodedata
 from collections.abc import Sequence
@@ -185,7 +185,8 @@ class Tokenizer:
         Raises:
             UserError: as `encode_batch`.
         """
-        self._require_encodable(text)
+        names = "|".join(map(re.escape, self.special_token_ids)) or r"(?!)"
+        self._require_encodable(re.sub(names, "", text))
         with _ENCODING:
             self._backend.encode_special_tokens = False
             try:
