@@ -1,5 +1,6 @@
 """PPO and GRPO: what they learn, that a stopped run goes on to the same bits, and that nothing compiles twice."""
 
+import io
 import json
 import logging
 from unittest import mock
@@ -12,12 +13,13 @@ from gptjax.data.conversations import Task
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import find_reward
 from gptjax.evaluation.rewards import judge as judge_answers
+from gptjax.stages import rl
 from gptjax.stages.rl import configure
 from gptjax.stages.train import train
 from gptjax.text.chat import Message
 from gptjax.training.checkpoint import restore_params
 from gptjax.training.load import load_run
-from gptjax.training.metrics import read_metrics
+from gptjax.training.metrics import Console, read_metrics
 
 RL = {"reward": "exact", "answers": 32, "answer_tokens": 6}
 
@@ -103,6 +105,26 @@ def test_the_average_of_the_policy_is_used(config, talker, tmp_path):
 
     assert apart(policy) > 1e-3
     assert 0 < apart(used.params) < 0.01 * apart(policy)
+
+
+def test_what_is_evaluated_is_evenly_spaced_and_said(config, tmp_path, monkeypatch):
+    """Every evaluation reads the same prompts, from the first of the held-out ones to the last, not the first few."""
+    asked, drawn_to = [], rl.draw
+
+    def draw(config, data, reward, params, prompts, *rest):
+        if rest[1] == 0.0:  # the temperature of an evaluation
+            asked.append(([prompt.task.origin for prompt in prompts], data.content.validation))
+        return drawn_to(config, data, reward, params, prompts, *rest)
+
+    monkeypatch.setattr(rl, "draw", draw)
+    limited = {"steps": 4, "eval_every_steps": 2, "eval_sequences": 3}
+    train(config("grpo", tmp_path / "run", training=limited), console=Console(shown := io.StringIO()))
+    (one, held_out), (other, _) = asked
+    places = [[prompt.task.origin for prompt in held_out].index(origin) for origin in one]
+    assert places == [0, len(held_out) // 3, 2 * len(held_out) // 3]
+    assert other == one
+    said = f"evaluation: 3 of {len(held_out)} held-out prompts, evenly spaced (training.eval_sequences)"
+    assert said in shown.getvalue()
 
 
 def test_grpo_goes_on_to_the_same_bits(config, tmp_path):
