@@ -17,6 +17,7 @@ from gptjax.stages import rl
 from gptjax.stages.rl import configure
 from gptjax.stages.train import train
 from gptjax.text.chat import Message
+from gptjax.training import losses
 from gptjax.training.checkpoint import restore_params
 from gptjax.training.load import load_run
 from gptjax.training.metrics import Console, read_metrics
@@ -125,6 +126,20 @@ def test_what_is_evaluated_is_evenly_spaced_and_said(config, tmp_path, monkeypat
     assert other == one
     said = f"evaluation: 3 of {len(held_out)} held-out prompts, evenly spaced (training.eval_sequences)"
     assert said in shown.getvalue()
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_logits_are_made_in_chunks_where_asked(config, tmp_path, monkeypatch, stage):
+    """By the step and by the reference: what is reported stays what it is."""
+    calls, chunked = [], losses.chunked_cross_entropy
+    monkeypatch.setattr(losses, "chunked_cross_entropy", lambda *a: calls.append(a[1]) or chunked(*a))
+    for name, chunk in (("whole", 0), ("chunks", 64)):
+        training = {"steps": 2, "eval_every_steps": 0, "loss_chunk_tokens": chunk}
+        train(config(stage, tmp_path / name, training=training, grpo={"kl_coefficient": 0.04}))
+        assert set(calls) == ({chunk} - {0})
+    one, other = (next(r for r in of_steps(tmp_path / name) if "reward" in r) for name in ("whole", "chunks"))
+    for name in ("loss", "entropy", "grad_norm", "kl" if stage == "ppo" else "kl_reference"):
+        assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4)
 
 
 def test_grpo_goes_on_to_the_same_bits(config, tmp_path):
