@@ -89,7 +89,8 @@ def train_all(arguments: argparse.Namespace) -> list[dict[str, str | int | float
         with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w", encoding="utf-8") as log:
             whole = load_config(path)
             config = reduced(whole, arguments.max_gigabytes * 1e9)
-            data = dataclasses.replace(config.data, path=(arguments.data,), prepared_dir=f"{folder}/data")
+            place = {"path": (arguments.data,), "prepared_dir": f"{folder}/data"}
+            data = dataclasses.replace(config.data, **place, validation_fraction=0.05)
             config = dataclasses.replace(config, data=data, run_dir=f"{folder}/run")
             summary = train(config, console=Console(log))
             losses = [r["loss"] for r in read_metrics(f"{folder}/run/metrics.jsonl") if "loss" in r]

@@ -55,7 +55,9 @@ def tuning(start: Path, data: list[str], epochs: float, run: Path) -> Config:
         config,
         model=ModelConfig(init_from=str(start), residual_dropout=0.1),
         data=dataclasses.replace(config.data, path=tuple(data), on_long="skip", on_error="skip"),
-        training=dataclasses.replace(config.training, epochs=epochs, batch_size=16, eval_every_steps=25),
+        training=dataclasses.replace(
+            config.training, epochs=epochs, batch_size=16, eval_every_steps=25, eval_sequences=0
+        ),
         run_dir=str(run),
     )
 

@@ -82,7 +82,13 @@ def reinforced(stage: str, data: Path, start: Path, seed: int, steps: int, shuff
         ppo=PpoConfig(kl_coefficient=0.005, value_learning_rate=1e-3, ema_decay=0.9),
         optimizer=OptimizerConfig(peak_learning_rate=3e-4, schedule="linear", warmup_steps=10, weight_decay=0.0),
         training=TrainingConfig(
-            steps=steps, batch_size=256, log_every_steps=2, eval_every_steps=20, sample_every_steps=0, seed=seed
+            steps=steps,
+            batch_size=256,
+            log_every_steps=2,
+            eval_every_steps=20,
+            eval_sequences=0,
+            sample_every_steps=0,
+            seed=seed,
         ),
         guard=GuardConfig(spike_sigmas=0.0),
         checkpoint=CheckpointConfig(every_steps=0),

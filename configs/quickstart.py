@@ -33,6 +33,7 @@ config = Config(
         batch_size=8,
         log_every_steps=20,
         eval_every_steps=400,
+        eval_sequences=0,  # all: the loss that the README names
         sample_every_steps=400,
         sample_prompt="def __init__(self",
     ),

@@ -36,6 +36,8 @@ config = Config(
         warmup_steps=20,
         final_learning_rate_fraction=0.0,
     ),
-    training=TrainingConfig(steps=240, batch_size=12, log_every_steps=50, eval_every_steps=0, sample_every_steps=0),
+    training=TrainingConfig(
+        steps=240, batch_size=12, log_every_steps=50, eval_every_steps=0, eval_sequences=0, sample_every_steps=0
+    ),
     checkpoint=CheckpointConfig(every_steps=0),
 )

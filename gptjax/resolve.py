@@ -14,6 +14,11 @@ STATE_SHARE = 0.5
 """Of a device's memory that parameters, optimizer state and gradients may take; activations need the rest."""
 WIDEST_TENSOR = 8
 """Splitting matrices sends activations twice a block and pass: that pays only within a node, which has 8 devices."""
+EVALUATION_SHARE = 0.05
+"""FLOPs of an evaluation over those of the training since the last one, where nobody says how much of the held-out text
+it reads: that grows with the data, and time does not."""
+FEWEST_EVALUATED = 64
+"""Sequences that it reads all the same, if there are so many."""
 ADAMW = OptimizerConfig()
 """What keeps the most, where nobody says which optimizer it is."""
 
@@ -67,12 +72,27 @@ def resolve(
         sequence_length=training.resolved_sequence_length(model),
         micro_batch_size=training.resolved_micro_batch_size,
         batch_ramp_start=training.resolved_batch_ramp_start,
+        eval_sequences=evaluation_sequences(training),
     )
     require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
     mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory, optimizer)
     if model.remat == "offload":
         _require_host_memory(devices[0])
     return dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training)
+
+
+def evaluation_sequences(training: TrainingConfig) -> int:
+    """`training.eval_sequences`, or as many as `EVALUATION_SHARE` pays for, in whole micro-batches; 0: all there are.
+
+    A sequence's forward pass is a third of its training. Of a batch that grows the first one counts, so that no
+    evaluation costs more. All evaluations of a run, the last one too, read the same.
+    """
+    if training.eval_sequences is not None:
+        return training.eval_sequences
+    micro = training.resolved_micro_batch_size
+    interval = min(training.eval_every_steps or math.inf, training.steps or math.inf)
+    paid_for = int(3 * EVALUATION_SHARE * interval * training.resolved_batch_ramp_start)
+    return max(-(-FEWEST_EVALUATED // micro), paid_for // micro) * micro
 
 
 def default_compute_dtype(platform: str) -> Literal["float32", "bfloat16"]:

@@ -17,7 +17,8 @@ from gptjax.training.load import load_run
 from gptjax.training.metrics import read_metrics
 from gptjax.training.schedule import Progress, batch_size, learning_rate
 
-FILES = sorted(p for p in (Path(__file__).parent.parent / "configs").glob("*.py") if not p.stem.startswith("recipe_"))
+CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
+FILES = sorted(path for path in CONFIG_FOLDER.glob("*.py") if not path.stem.startswith("recipe_"))
 EVERY = {path.stem: load_config(path) for path in FILES}
 CONFIGS = {name: config for name, config in EVERY.items() if config.stage == "pretrain"}
 
@@ -294,7 +295,9 @@ def test_a_preset_trains_and_samples(name, tmp_path):
     config = made_small(CONFIGS[name])
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, path=(str(text),), prepared_dir=str(tmp_path / "data")),
+        data=dataclasses.replace(
+            config.data, path=(str(text),), prepared_dir=str(tmp_path / "data"), validation_fraction=0.1
+        ),
         # Warm-ups of hundreds of steps would not move it in ten.
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=2, warmup_tokens=0, peak_learning_rate=1e-2),
         run_dir=str(tmp_path / "run"),
@@ -306,6 +309,21 @@ def test_a_preset_trains_and_samples(name, tmp_path):
     run = load_run(tmp_path / "run")
     (completion,) = generate(run.config.model, run.params, run.tokenizer, ["1 and"], SamplingConfig(max_tokens=4))
     assert completion.token_ids
+
+
+def test_little_text_asks_for_more_of_it_to_be_held_out(tmp_path):
+    """What a recipe for the web holds out of it is not one row; the share that is named gives some."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{n} and {n * n} are a number and its square.\n" for n in range(900)), encoding="utf-8")
+    config = made_small(CONFIGS["modern_10m"])
+    data = dataclasses.replace(config.data, path=(str(text),), prepared_dir=str(tmp_path / "data"))
+    with pytest.raises(
+        UserError, match=r"validation_fraction 0\.002\): .*; data\.validation_fraction 0\.05 holds"
+    ) as error:
+        train(dataclasses.replace(config, data=data, run_dir=str(tmp_path / "run")))
+    works = float(str(error.value).split("data.validation_fraction ")[-1].split()[0])
+    data = dataclasses.replace(data, validation_fraction=works)
+    assert train(dataclasses.replace(config, data=data, run_dir=str(tmp_path / "run")))["stopped"] == "finished"
 
 
 def test_a_recipe_without_text_asks_for_it(tmp_path):

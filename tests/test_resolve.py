@@ -10,7 +10,7 @@ from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
 from gptjax.presets import gpt3
-from gptjax.resolve import refit_mesh, require_fits, resolve, resolve_mesh
+from gptjax.resolve import evaluation_sequences, refit_mesh, require_fits, resolve, resolve_mesh
 
 CPUS = [SimpleNamespace(platform="cpu")] * 8
 TOKENIZER = SimpleNamespace(vocab_size=300)
@@ -130,6 +130,27 @@ def test_resolve_leaves_nothing_open_and_changes_nothing_twice():
     assert config.optimizer.decay_steps == config.training.steps
     assert resolve(config, CPUS, TOKENIZER) == config
     assert resolve(Config(run_dir="a"), [SimpleNamespace(platform="gpu")], TOKENIZER).model.compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 1184),  # 3 · 5 % of 250 · 32 is 1200, in whole micro-batches of 32
+        ({"batch_size": 1}, 64),
+        ({"eval_every_steps": 1, "batch_size": 96, "micro_batch_size": 48}, 96),  # 64 in micro-batches
+        ({"eval_every_steps": 0, "steps": 10_000}, 48_000),  # one evaluation, at the end
+        ({"steps": 100}, 480),  # the same, though intervals would be longer
+        ({"batch_size": 64, "micro_batch_size": 8, "batch_ramp_start": 8, "batch_ramp_tokens": 10**6}, 296),
+        ({"eval_sequences": 0}, 0),
+        ({"eval_sequences": 7}, 7),
+    ],
+)
+def test_an_evaluation_reads_what_training_pays_for(fields, expected):
+    """A twentieth of the FLOPs since the last one, of which a forward pass is a third, but for a few sequences."""
+    training = TrainingConfig(**fields)
+    assert evaluation_sequences(training) == expected
+    config = resolve(Config(training=training, run_dir="a"), CPUS[:1], TOKENIZER)
+    assert config.training.eval_sequences == expected
 
 
 def gpt2(**changes):

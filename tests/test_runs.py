@@ -203,7 +203,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_data_is_read(inside, monk
     monkeypatch.setattr("gptjax.stages.train.memory_bytes", lambda device: 1_000_000)
     size = ["--training.batch-size", "800", "--training.micro-batch-size", "800"]
     line = refusal(train.main, "tiny.py", "--data.path", "missing", *size)
-    assert "800 sequences needs at least" in line
+    assert "800 sequences of 16 tokens needs at least" in line
     assert "the largest training.micro_batch_size that fits is" in line
 
 

@@ -133,6 +133,12 @@ class RowStream:
         self._iterator.close()
 
 
+def evenly_spaced(total: int, limit: int) -> list[int]:
+    """Numbers of `limit` (0: all) of so many rows, in order."""
+    count = min(limit, total) if limit else total
+    return [number * total // count for number in range(count)]
+
+
 def evaluation_rows(rows: Rows, batch_size: int, limit: int, share: Share | None = None) -> Iterator[tuple[Any, int]]:
     """`limit` rows (0: all), evenly spaced in file order, as batches [B, ...] and how many of their rows count.
 
@@ -142,9 +148,8 @@ def evaluation_rows(rows: Rows, batch_size: int, limit: int, share: Share | None
         share: rows of each batch that are read; None: all.
     """
     mine = range(batch_size) if share is None else share.rows
-    total = min(limit, len(rows)) if limit else len(rows)
-    chosen = [number * len(rows) // total for number in range(total)]
-    for start in range(0, total, batch_size):
+    chosen = evenly_spaced(len(rows), limit)
+    for start in range(0, len(chosen), batch_size):
         batch = chosen[start : start + batch_size]
         filled = batch + batch[-1:] * (batch_size - len(batch))
         yield stack([rows[filled[number]] for number in mine]), len(batch)

@@ -17,6 +17,7 @@ from gptjax.config import Config, ModelConfig
 from gptjax.config_files import flat, replace_fields, run_file
 from gptjax.errors import UserError
 from gptjax.model.accounting import training_flops_per_token
+from gptjax.resolve import evaluation_sequences
 from gptjax.scaling.laws import Counting, counted_parameters
 
 BYTE_VOCABULARY = 272
@@ -113,11 +114,22 @@ def expand(study: Study) -> list[PlannedRun]:
     Raises:
         UserError: a combination is no configuration, a budget has not one step, or two runs have one name.
     """
-    runs = list(_runs(study))
+    runs = _evaluated_alike(list(_runs(study)))
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"two runs of the study would be called {twice}; give budgets that differ in three digits")
     return runs
+
+
+def _evaluated_alike(runs: list[PlannedRun]) -> list[PlannedRun]:
+    """With as many held-out sequences for each, where they say nothing of it: what the shortest run can pay for."""
+    silent = [run for run in runs if run.config.training.eval_sequences is None]
+    if not silent:
+        return runs
+    common = {"training.eval_sequences": min(evaluation_sequences(run.config.training) for run in silent)}
+    return [
+        dataclasses.replace(run, config=replace_fields(run.config, common)) if run in silent else run for run in runs
+    ]
 
 
 def _runs(study: Study) -> Iterator[PlannedRun]:

@@ -69,7 +69,7 @@ def reporter(
 def evaluator(
     config: Config, rows: Rows, tokenizer: Tokenizer, whole: Callable[[Params], Params]
 ) -> Callable[[TrainState], dict[str, float]]:
-    """The whole validation split, or evenly spaced sequences of it.
+    """`training.eval_sequences` of the validation split, the same every time.
 
     Args:
         whole: the model's parameters, from those that are trained.

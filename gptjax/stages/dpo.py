@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.data.conversations import fingerprint
-from gptjax.data.loader import RowStream, evaluation_rows
+from gptjax.data.loader import RowStream, evaluation_rows, evenly_spaced
 from gptjax.data.rankings import PairRows, rounded
 from gptjax.errors import UserError
 from gptjax.model.accounting import training_flops_per_token
@@ -155,5 +155,4 @@ def _log_probabilities(config: Config, params: Params, rows: _Pairs, limit: int)
             put = {name: sharding.put_batch(batch[name], batch_size, lead=0) for name in ("tokens", "loss_mask")}
             yield np.asarray(judge(params, put))[:count]
 
-    total = min(limit, len(rows)) if limit else len(rows)
-    return np.concatenate([*batches()]), [number * len(rows) // total for number in range(total)]
+    return np.concatenate([*batches()]), evenly_spaced(len(rows), limit)

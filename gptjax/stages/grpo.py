@@ -63,7 +63,11 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
     return Stage(
         loss=weights.loss(
             policy_loss(
-                model, config.rl, clip_high=grpo.clip_high or config.rl.clip, kl_coefficient=grpo.kl_coefficient
+                model,
+                config.rl,
+                clip_high=grpo.clip_high or config.rl.clip,
+                kl_coefficient=grpo.kl_coefficient,
+                chunk_tokens=config.training.loss_chunk_tokens,
             )
         ),
         optimizer=optimizer,

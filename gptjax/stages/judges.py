@@ -81,8 +81,10 @@ TokenJudge = Callable[[Params, np.ndarray, np.ndarray], np.ndarray]
 
 def token_judge(config: Config, model: ModelConfig) -> TokenJudge:
     """Log-probabilities of an answer's tokens at the rollouts' temperature."""
-    gpt = GPT(model)
-    return _of_tokens(config, lambda params, batch: judge_tokens(gpt, params, batch, config.rl.temperature).logprobs_BT)
+    gpt, how = GPT(model), {"chunk_tokens": config.training.loss_chunk_tokens}
+    return _of_tokens(
+        config, lambda params, batch: judge_tokens(gpt, params, batch, config.rl.temperature, **how).logprobs_BT
+    )
 
 
 def value_judge(config: Config, model: ModelConfig) -> TokenJudge:

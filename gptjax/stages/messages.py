@@ -56,11 +56,18 @@ def of_rows(config: Config, sources: dict[str, Rows], held_out: Rows) -> list[st
     """
     training, T = config.training, config.sequence_length
     sequences = final_progress(training, T).sequences
-    evaluated = min(training.eval_sequences, len(held_out)) or len(held_out)
     return [
         *_epochs(sources, config.data.weights or (1.0,), sequences, T),
-        f"evaluation: {evaluated:,} of {len(held_out):,} validation sequences, evenly spaced",
+        of_evaluation(config, len(held_out), "validation sequences"),
     ]
+
+
+def of_evaluation(config: Config, total: int, what: str) -> str:
+    """How much of what is held out every evaluation reads."""
+    limit = config.training.eval_sequences
+    if not limit or limit >= total:
+        return f"evaluation: all {total:,} {what}"
+    return f"evaluation: {limit:,} of {total:,} {what}, evenly spaced (training.eval_sequences)"
 
 
 def attention_kernels(config: Config) -> str:

@@ -132,4 +132,5 @@ def _rows(tokens: TokenArray, what: str, config: Config) -> TokenRows:
         return TokenRows(tokens, config.sequence_length)
     except UserError as error:
         fraction = config.data.validation_fraction
-        raise UserError(f"{what} (data.validation_fraction {fraction:g}): {error}") from None
+        more = "" if fraction >= 0.05 else "; data.validation_fraction 0.05 holds out more"
+        raise UserError(f"{what} (data.validation_fraction {fraction:g}): {error}{more}") from None

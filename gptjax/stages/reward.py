@@ -16,7 +16,7 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.data.conversations import fingerprint, left_out, ranked_answers_of, read_items, split_items
-from gptjax.data.loader import RowStream, evaluation_rows
+from gptjax.data.loader import RowStream, evaluation_rows, evenly_spaced
 from gptjax.data.rankings import EncodedAnswers, RankedRows, encode_answers, longest_answer, rounded
 from gptjax.errors import UserError
 from gptjax.evaluation.calibration import agreement, plot_calibration
@@ -183,8 +183,7 @@ def _scored(config: Config, params: Params, rows: RankedRows, limit: int) -> tup
             yield np.asarray(score(params, put))[:count], count
 
     found = np.concatenate([scores_BK for scores_BK, _ in batches()])
-    total = min(limit, len(rows)) if limit else len(rows)
-    return found, np.stack([rows[number * len(rows) // total]["ranks"] for number in range(total)])
+    return found, np.stack([rows[number]["ranks"] for number in evenly_spaced(len(rows), limit)])
 
 
 def _best(scores_BK: np.ndarray, ranks_BK: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 
 from gptjax.config import Config
 from gptjax.data.conversations import fingerprint, left_out, read_items, split_items, task_of
+from gptjax.data.loader import evenly_spaced
 from gptjax.data.rankings import rounded
 from gptjax.data.tasks import Prompt, PromptOrder, encode_prompts, padded_tokens
 from gptjax.errors import UserError
@@ -28,7 +29,7 @@ from gptjax.model.gpt import Params
 from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.rollout import Rollout, longest_prompt, rollout
-from gptjax.stages import callbacks, chats, start
+from gptjax.stages import callbacks, chats, messages, start
 from gptjax.stages.judges import Judge, make_judge
 from gptjax.stages.stage import Data
 from gptjax.text.chat import ChatFormat
@@ -287,8 +288,9 @@ def shared_rows(drawn: Drawn, advantages_BT: np.ndarray, aggregate: str, answer_
 def evaluator(
     config: Config, data: Data, reward: Judge, policy_of: Callable[[TrainState], Params]
 ) -> Callable[[TrainState], dict[str, float]]:
-    """The mean reward of the likeliest answers to held-out prompts, or to the first `training.eval_sequences`."""
-    held_out = data.content.validation[: config.training.eval_sequences or None]
+    """The mean reward of the likeliest answers to held-out prompts, or to `training.eval_sequences` of them."""
+    prompts = data.content.validation
+    held_out = [prompts[number] for number in evenly_spaced(len(prompts), config.training.eval_sequences)]
     size = min(len(held_out), config.rl.answers)
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -322,6 +324,6 @@ def describe(config: Config, data: Data) -> list[str]:
     return [
         f"{iterations:,} iterations of {rl.answers} answers to {rl.answers // group_size(config)} prompts, "
         f"{steps} steps each; prompts of up to {prompts.padded_tokens} tokens, answers of {rl.answer_tokens}",
-        f"reward: {rl.reward}{', SHUFFLED' * rl.shuffle_rewards}; evaluation: the likeliest answers to "
-        f"{min(config.training.eval_sequences, len(prompts.validation)) or len(prompts.validation)} held-out prompts",
+        f"reward: {rl.reward}{', SHUFFLED' * rl.shuffle_rewards}",
+        f"{messages.of_evaluation(config, len(prompts.validation), 'held-out prompts')}: the likeliest answers",
     ]

@@ -71,10 +71,33 @@ def _cross_entropy_backward(vocab_size, residuals, gradients):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tempered(logits_BTV: jax.Array, temperature: float) -> jax.Array:
+    """Logits over a temperature, in float32, as `apply_filters` divides what tokens are drawn from."""
+    return logits_BTV if temperature == 1.0 else logits_BTV.astype(jnp.float32) / temperature
+
+
+def _of_logits(
+    logits_BTV: jax.Array, labels_BT: jax.Array, vocab_size: int, with_entropy: bool
+) -> tuple[jax.Array, ...]:
+    """What `loss_of_labels` gives."""
+    nll_BT, log_z_BT = cross_entropy(logits_BTV, labels_BT, vocab_size)
+    if not with_entropy:
+        return nll_BT, log_z_BT
+    logits, log_z = map(jax.lax.stop_gradient, (_in_float32(logits_BTV, vocab_size), log_z_BT))
+    probability_BTV = jnp.exp(logits - log_z[:, :, None])
+    return nll_BT, log_z_BT, log_z - jnp.where(probability_BTV > 0, probability_BTV * logits, 0.0).sum(axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5, 6))
 def chunked_cross_entropy(
-    config: ModelConfig, chunk_tokens: int, head: Head, x_BTD: jax.Array, labels_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    config: ModelConfig,
+    chunk_tokens: int,
+    head: Head,
+    x_BTD: jax.Array,
+    labels_BT: jax.Array,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[jax.Array, ...]:
     """`cross_entropy` of the head's logits, of which only those of one chunk exist at any time.
 
     The backward pass computes each chunk's logits anew: one more product with the head, 9 % of the step's operations
@@ -85,33 +108,39 @@ def chunked_cross_entropy(
         head: in float32 where its gradient is asked for.
         chunk_tokens: most tokens of a chunk over all devices, but at least one of each sequence on each device.
         x_BTD: the last hidden states.
+        temperature: as `tempered` takes it.
+        with_entropy: as `loss_of_labels` takes it.
     """
-    return _chunked_forward(config, chunk_tokens, head, x_BTD, labels_BT)[0]
+    return _chunked_forward(config, chunk_tokens, head, x_BTD, labels_BT, temperature, with_entropy)[0]
 
 
-def _chunked_forward(config, chunk_tokens, head, x_BTD, labels_BT):
+def _chunked_forward(config, chunk_tokens, head, x_BTD, labels_BT, temperature, with_entropy):
     head = Head(head.w_VD.astype(x_BTD.dtype), head.bias_V)
     whole = _gathered(head)
     to_chunks, from_chunks = _chunks(labels_BT.shape, chunk_tokens)
 
     def step(_, chunk):
         x_BTD, labels_BT = chunk
-        return None, cross_entropy(head_logits(config, whole, x_BTD), labels_BT, config.vocab_size)
+        logits_BTV = tempered(head_logits(config, whole, x_BTD), temperature)
+        return None, _of_logits(logits_BTV, labels_BT, config.vocab_size, with_entropy)
 
     _, results = jax.lax.scan(step, None, (to_chunks(x_BTD), to_chunks(labels_BT)))
-    nll_BT, log_z_BT = map(from_chunks, results)
-    return (nll_BT, log_z_BT), (head, x_BTD, labels_BT, log_z_BT)
+    results = tuple(map(from_chunks, results))
+    return results, (head, x_BTD, labels_BT, results[1])
 
 
-def _chunked_backward(config, chunk_tokens, residuals, gradients):
+def _chunked_backward(config, chunk_tokens, temperature, with_entropy, residuals, gradients):
     head, x_BTD, labels_BT, log_z_BT = residuals
     w_VD, bias_V = _gathered(head)
     to_chunks, from_chunks = _chunks(labels_BT.shape, chunk_tokens)
 
+    def finish(bias_V: jax.Array | None, raw_BTV: jax.Array) -> jax.Array:
+        return tempered(finish_logits(config, bias_V, raw_BTV), temperature)
+
     def step(sums, chunk):
         x_BTD, labels_BT, log_z_BT, gradients = chunk
         raw_BTV, through_product = jax.vjp(lambda x_BTD: matmul(x_BTD, w_VD, GATHERED, order="fd"), x_BTD)
-        logits_BTV, through_finish = jax.vjp(functools.partial(finish_logits, config), bias_V, raw_BTV)
+        logits_BTV, through_finish = jax.vjp(finish, bias_V, raw_BTV)
         d_logits_BTV, _ = _cross_entropy_backward(config.vocab_size, (logits_BTV, labels_BT, log_z_BT), gradients)
         d_bias_V, d_raw_BTV = through_finish(d_logits_BTV)
         (dx_BTD,) = through_product(d_raw_BTV)
@@ -120,7 +149,7 @@ def _chunked_backward(config, chunk_tokens, residuals, gradients):
 
     zeros_VD = sharding.reshard(jnp.zeros(w_VD.shape, jnp.float32), *GATHERED)
     sums = Head(sharding.as_partial_sums(zeros_VD, *GATHERED), None if bias_V is None else jnp.zeros_like(bias_V))
-    chunks = jax.tree.map(to_chunks, (x_BTD, labels_BT, log_z_BT, gradients))
+    chunks = jax.tree.map(to_chunks, (x_BTD, labels_BT, log_z_BT, gradients[:2]))
     d_head, dx = jax.lax.scan(step, sums, chunks)
     return Head(sharding.reshard(d_head.w_VD, "vocab", "embed"), d_head.bias_V), from_chunks(dx), None
 
@@ -219,22 +248,25 @@ def inputs_and_labels(
 
 
 def loss_of_labels(
-    config: ModelConfig, labels_BT: jax.Array, chunk_tokens: int = 0, temperature: float = 1.0
-) -> Callable[[Head, jax.Array], tuple[jax.Array, jax.Array]]:
+    config: ModelConfig,
+    labels_BT: jax.Array,
+    chunk_tokens: int = 0,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> Callable[[Head, jax.Array], tuple[jax.Array, ...]]:
     """What `GPT` takes as `output` to give the labels' cross-entropy and log Z in place of logits.
 
     Args:
         chunk_tokens: as `chunked_cross_entropy` takes it; 0: all at once.
-        temperature: divides the logits, of which there are no chunks then.
+        temperature: as `tempered` takes it.
+        with_entropy: gives also the entropy of what might have stood there, (B, T), in nats and without a gradient.
     """
 
-    def output(head: Head, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if chunk_tokens and temperature == 1.0:
-            return chunked_cross_entropy(config, chunk_tokens, head, x_BTD, labels_BT)
-        logits_BTV = head_logits(config, head, x_BTD)
-        if temperature != 1.0:  # in float32, as `apply_filters` divides what tokens are drawn from
-            logits_BTV = logits_BTV.astype(jnp.float32) / temperature
-        return cross_entropy(logits_BTV, labels_BT, config.vocab_size)
+    def output(head: Head, x_BTD: jax.Array) -> tuple[jax.Array, ...]:
+        if chunk_tokens:
+            return chunked_cross_entropy(config, chunk_tokens, head, x_BTD, labels_BT, temperature, with_entropy)
+        logits_BTV = tempered(head_logits(config, head, x_BTD), temperature)
+        return _of_logits(logits_BTV, labels_BT, config.vocab_size, with_entropy)
 
     return output
 

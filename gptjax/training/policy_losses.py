@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.model.gpt import GPT, Head, Params, head_logits, mask_padding
-from gptjax.training.losses import Batch, Loss, inputs_and_labels, language_model_loss, lay_out
+from gptjax.model.gpt import GPT, Params
+from gptjax.training.losses import Batch, Loss, inputs_and_labels, language_model_loss, lay_out, loss_of_labels
 from gptjax.training.preference_losses import rows_of
 from gptjax.tuning_config import RlConfig
 
@@ -89,26 +89,24 @@ class Tokens(NamedTuple):
 
 
 def judge_tokens(
-    model: GPT, params: Params, batch: Batch, temperature: float, dropout_key: jax.Array | None = None
+    model: GPT,
+    params: Params,
+    batch: Batch,
+    temperature: float,
+    dropout_key: jax.Array | None = None,
+    chunk_tokens: int = 0,
 ) -> Tokens:
-    """The training forward pass over whole rows, (B, T+1) of `batch["tokens"]`, at the rollouts' temperature."""
+    """The training forward pass over whole rows, (B, T+1) of `batch["tokens"]`, at the rollouts' temperature.
+
+    Args:
+        chunk_tokens: as `loss_of_labels` takes it.
+    """
     inputs_BT, labels_BT, places = inputs_and_labels(batch)
-
-    def output(head: Head, x_BTD: jax.Array) -> Tokens:
-        logits_BTV = head_logits(model.config, head, x_BTD).astype(jnp.float32)
-        logits_BTV = mask_padding(logits_BTV / temperature, model.config.vocab_size)
-        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        column_BTV = jax.lax.broadcasted_iota(
-            jnp.int32, logits_BTV.shape, 2, out_sharding=jax.typeof(logits_BTV).sharding
-        )
-        label_BT = jnp.where(column_BTV == labels_BT[:, :, None], logits_BTV, 0.0).sum(axis=-1)
-        held_BTV = jax.lax.stop_gradient(logits_BTV)
-        share_BTV = jax.nn.softmax(held_BTV, axis=-1)
-        mean_BT = jnp.where(share_BTV > 0, share_BTV * held_BTV, 0.0).sum(axis=-1)
-        return Tokens(label_BT - log_z_BT, jax.lax.stop_gradient(log_z_BT) - mean_BT)
-
-    found, _ = model.apply({"params": params}, inputs_BT, **places, dropout_key=dropout_key, output=output)
-    return found
+    output = loss_of_labels(model.config, labels_BT, chunk_tokens, temperature, with_entropy=True)
+    (nll_BT, _, entropy_BT), _ = model.apply(
+        {"params": params}, inputs_BT, **places, dropout_key=dropout_key, output=output
+    )
+    return Tokens(-nll_BT, entropy_BT)
 
 
 def judge_values(model: GPT, params: Params, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
@@ -128,6 +126,7 @@ def policy_loss(
     value_clip: float = 0.2,
     policy_of: Callable[[Params], Params] = lambda params: params,
     pretraining_coefficient: float = 0.0,
+    chunk_tokens: int = 0,
 ) -> Loss:
     """The loss of answers that were drawn: of PPO with a critic, of GRPO without.
 
@@ -141,10 +140,11 @@ def policy_loss(
         critic: its parameters are `params["critic"]`.
         policy_of: the policy's parameters among those that are trained.
         pretraining_coefficient: weight of the mean negative log-likelihood of pretraining text (InstructGPT's γ).
+        chunk_tokens: as `loss_of_labels` takes it, of answers and of text.
     """
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None):
-        found = judge_tokens(model, policy_of(params), batch, rl.temperature, dropout_key)
+        found = judge_tokens(model, policy_of(params), batch, rl.temperature, dropout_key, chunk_tokens)
 
         def of(name: str) -> jax.Array:
             return lay_out(batch[name][:, 1:])
@@ -177,7 +177,7 @@ def policy_loss(
             total += sums["value_loss"]
         if "pretraining" in batch:
             text = {"tokens": rows_of(batch["pretraining"])}
-            nll, of_text = language_model_loss(model)(policy_of(params), text, dropout_key)
+            nll, of_text = language_model_loss(model, chunk_tokens=chunk_tokens)(policy_of(params), text, dropout_key)
             sums["pretraining_loss"] = nll / of_text["weight"] * row_weight
             total += pretraining_coefficient * sums["pretraining_loss"]
         return total, sums | {"weight": row_weight, "loss": total}

@@ -51,6 +51,14 @@ def test_budgets_by_parameters_and_by_flops():
     assert run.flops == run.tokens * training_flops_per_token(model).total == pytest.approx(1e9, rel=0.01)
 
 
+def test_all_runs_are_evaluated_on_the_same():
+    """As many held-out sequences as the shortest run pays for, or as many as the file says."""
+    runs = expand(study(tokens=(32 * 1000, 32 * 10_000)))
+    assert {run.config.training.eval_sequences for run in runs} == {3 * 2 * 1000 // 20}
+    runs = expand(study(grid={"training.eval_sequences": (0, 7)}, tokens=(320,)))
+    assert {run.config.training.eval_sequences for run in runs} == {0, 7}
+
+
 def test_budgets_are_counted_in_rows():
     """A run whose rows are shorter than its context has more steps for its tokens, of fewer FLOPs."""
     half = dataclasses.replace(BASE, training=dataclasses.replace(BASE.training, sequence_length=8))

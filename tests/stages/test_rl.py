@@ -1,5 +1,6 @@
 """PPO and GRPO: what they learn, that a stopped run goes on to the same bits, and that nothing compiles twice."""
 
+import io
 import json
 import logging
 from unittest import mock
@@ -12,12 +13,14 @@ from gptjax.data.conversations import Task
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import find_reward
 from gptjax.evaluation.rewards import judge as judge_answers
+from gptjax.stages import rl
 from gptjax.stages.rl import configure
 from gptjax.stages.train import train
 from gptjax.text.chat import Message
+from gptjax.training import losses
 from gptjax.training.checkpoint import restore_params
 from gptjax.training.load import load_run
-from gptjax.training.metrics import read_metrics
+from gptjax.training.metrics import Console, read_metrics
 
 RL = {"reward": "exact", "answers": 32, "answer_tokens": 6}
 
@@ -103,6 +106,40 @@ def test_the_average_of_the_policy_is_used(config, talker, tmp_path):
 
     assert apart(policy) > 1e-3
     assert 0 < apart(used.params) < 0.01 * apart(policy)
+
+
+def test_what_is_evaluated_is_evenly_spaced_and_said(config, tmp_path, monkeypatch):
+    """Every evaluation reads the same prompts, from the first of the held-out ones to the last, not the first few."""
+    asked, drawn_to = [], rl.draw
+
+    def draw(config, data, reward, params, prompts, *rest):
+        if rest[1] == 0.0:  # the temperature of an evaluation
+            asked.append(([prompt.task.origin for prompt in prompts], data.content.validation))
+        return drawn_to(config, data, reward, params, prompts, *rest)
+
+    monkeypatch.setattr(rl, "draw", draw)
+    limited = {"steps": 4, "eval_every_steps": 2, "eval_sequences": 3}
+    train(config("grpo", tmp_path / "run", training=limited), console=Console(shown := io.StringIO()))
+    (one, held_out), (other, _) = asked
+    places = [[prompt.task.origin for prompt in held_out].index(origin) for origin in one]
+    assert places == [0, len(held_out) // 3, 2 * len(held_out) // 3]
+    assert other == one
+    said = f"evaluation: 3 of {len(held_out)} held-out prompts, evenly spaced (training.eval_sequences)"
+    assert said in shown.getvalue()
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+def test_logits_are_made_in_chunks_where_asked(config, tmp_path, monkeypatch, stage):
+    """By the step and by the reference: what is reported stays what it is."""
+    calls, chunked = [], losses.chunked_cross_entropy
+    monkeypatch.setattr(losses, "chunked_cross_entropy", lambda *a: calls.append(a[1]) or chunked(*a))
+    for name, chunk in (("whole", 0), ("chunks", 64)):
+        training = {"steps": 2, "eval_every_steps": 0, "loss_chunk_tokens": chunk}
+        train(config(stage, tmp_path / name, training=training, grpo={"kl_coefficient": 0.04}))
+        assert set(calls) == ({chunk} - {0})
+    one, other = (next(r for r in of_steps(tmp_path / name) if "reward" in r) for name in ("whole", "chunks"))
+    for name in ("loss", "entropy", "grad_norm", "kl" if stage == "ppo" else "kl_reference"):
+        assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4)
 
 
 def test_grpo_goes_on_to_the_same_bits(config, tmp_path):

@@ -30,12 +30,12 @@ def records(run, timed=("seconds", "tokens_per_second", "data_wait_fraction")):
 
 @pytest.fixture
 def batches(monkeypatch):
-    """The shapes of all token arrays that the train step is given."""
-    shapes, make = [], loop.next_batch
+    """The shapes of what the train step is given, by name, the last of each."""
+    shapes, make = {}, loop.next_batch
 
     def seen(*arguments):
         made = make(*arguments)
-        shapes.append(made[0]["tokens"].shape)
+        shapes.update({name: values.shape for name, values in made[0].items()})
         return made
 
     monkeypatch.setattr(loop, "next_batch", seen)
@@ -60,8 +60,10 @@ def test_every_stage_has_rows_of_that_length(stage_config, lessons, talker, tmp_
     train(config, console=Console(shown := io.StringIO()))
     saved, _ = run_dir.load_run_config(tmp_path / "run")
     assert (saved.training.sequence_length, saved.model.context_length) == (SHORT, CONTEXT)
-    assert {shape[-1] for shape in batches} == {SHORT + (stage != "reward")} or stage in ("grpo", "ppo")
-    assert max(shape[-1] for shape in batches) <= SHORT + 1
+    longest = batches["tokens"][-1]
+    assert longest <= SHORT + 1 if stage in ("grpo", "ppo") else longest == SHORT + (stage != "reward")
+    assert ("pretraining" in batches) == (stage == "ppo")
+    assert batches.get("pretraining", (SHORT + 1,))[-1] == SHORT + 1
     last = [record for record in records(tmp_path / "run") if "loss" in record][-1]
     assert last["tokens"] == 2 * 16 * SHORT
     assert "rows: training.sequence_length 32 is shorter than the model's context of 48" in shown.getvalue()

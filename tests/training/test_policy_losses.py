@@ -3,12 +3,15 @@
 Shape suffixes: B answers, T tokens, P prompts, G answers of a prompt.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax.model.gpt import GPT
+from gptjax.parallel import sharding
 from gptjax.training.policy_losses import (
     adapted_coefficient,
     clipped_objective,
@@ -200,3 +203,66 @@ def test_entropy_is_that_of_what_might_be_written(tiny):
     p = np.asarray(jax.nn.softmax(logits[:, :, : tiny.vocab_size] / 0.7), np.float64)
     found = judge_tokens(model, params, batch, 0.7)
     np.testing.assert_allclose(found.entropy_BT, -(p * np.log(p)).sum(axis=-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "chunk_tokens"), [(0.8, 24), (1.0, 40), (0.8, 1)])
+def test_chunks_of_logits_make_no_difference(switched_on, mesh, temperature, chunk_tokens):
+    """On a mesh that splits rows, parameters and vocabulary: the loss with everything on, its metrics and its gradient
+    are those of whole logits, and so is what a policy is judged by, at the rollouts' temperature."""
+    config = dataclasses.replace(switched_on, embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
+    model = GPT(config)
+    params = jax.tree.map(lambda p: 3 * p, jax.jit(lambda: init_params(model, jax.random.key(0)))())
+    draw = np.random.default_rng(0)
+    made = {name: draw.normal(size=(8, 17)).astype(np.float32) for name in ("advantages", "token_weight")}
+    made |= {
+        name: draw.normal(-3.0, 0.3, (8, 17)).astype(np.float32) for name in ("old_logprobs", "reference_logprobs")
+    }
+    made |= {"tokens": draw.integers(0, 61, (8, 17)).astype(np.int32), "row_weight": np.ones(8, np.float32)}
+    made |= {"loss_mask": draw.integers(0, 2, (8, 17)).astype(np.float32)}
+    made |= {"pretraining": draw.integers(0, 61, (8, 2, 13)).astype(np.int32)}
+    batch = {name: sharding.put_batch(values, lead=0) for name, values in made.items()}
+
+    def run(chunk_tokens):
+        options = {"kl_coefficient": 0.1, "pretraining_coefficient": 2.0, "chunk_tokens": chunk_tokens}
+        loss = policy_loss(model, RlConfig(temperature=temperature), clip_high=0.28, **options)
+        judge = jax.jit(lambda p, b: judge_tokens(model, p, b, temperature, chunk_tokens=chunk_tokens))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, None), judge(params, batch)
+
+    whole, found = run(0), run(chunk_tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, whole)
+    assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(whole[0][1])) > 1e-2, "there is a gradient"
+
+
+def test_no_logits_of_all_tokens_are_made_in_chunks(tiny, equations):
+    """Of answers, of pretraining text, and where a reference judges: in the passes both ways no array is as large as
+    the logits of all tokens; without chunks there are such."""
+    config = dataclasses.replace(tiny, vocab_size=1500, compute_dtype="bfloat16")
+    model, B, T, X = GPT(config), 8, 16, 2
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    of_tokens = ("loss_mask", "old_logprobs", "reference_logprobs", "advantages", "token_weight")
+    batch = {name: jax.ShapeDtypeStruct((B, T + 1), jnp.float32) for name in of_tokens}
+    batch |= {
+        "tokens": jax.ShapeDtypeStruct((B, T + 1), jnp.int32),
+        "row_weight": jax.ShapeDtypeStruct((B,), jnp.float32),
+    }
+    batch |= {"pretraining": jax.ShapeDtypeStruct((B, X, T + 1), jnp.int32)}
+
+    def largest(chunk_tokens, temperature):
+        options = {"kl_coefficient": 0.1, "pretraining_coefficient": 2.0, "chunk_tokens": chunk_tokens}
+        loss = policy_loss(model, RlConfig(temperature=temperature), clip_high=0.28, **options)
+
+        def judge(params, batch):
+            return judge_tokens(model, params, batch, temperature, chunk_tokens=chunk_tokens)
+
+        programs = (
+            jax.make_jaxpr(jax.grad(lambda p, b: loss(p, b, None)[0]))(params, batch),
+            jax.make_jaxpr(judge)(params, batch),
+        )
+        return [
+            max(variable.aval.size for one in equations(program.jaxpr) for variable in one.outvars)
+            for program in programs
+        ]
+
+    for temperature in (1.0, 0.8):
+        assert max(largest(16, temperature)) < B * T * 1500 / 2
+        assert min(largest(0, temperature)) >= B * T * 1500
