@@ -43,8 +43,8 @@ def scaled_rows(first: int, last: int, factor: float) -> Iterator[None]:
         rows[(numbers >= first) & (numbers < last)] = MARK
         return rows
 
-    def scaled(model, *arguments):
-        loss = language_model_loss(model, *arguments)
+    def scaled(model, *arguments, **options):
+        loss = language_model_loss(model, *arguments, **options)
 
         def with_factor(params, batch, key):
             total, sums = loss(params, batch, key)

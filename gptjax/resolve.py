@@ -1,6 +1,7 @@
 """What a configuration leaves open, filled from the devices and the tokenizer; and whether all of it fits."""
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
@@ -78,7 +79,13 @@ def resolve(
     mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory, optimizer)
     if model.remat == "offload":
         _require_host_memory(devices[0])
-    return dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training)
+    return with_date(dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training))
+
+
+def with_date(config: Config) -> Config:
+    """The day on which a run begins, where none is given: its rows are the same on whatever day it goes on."""
+    today = config.data.chat_date or datetime.date.today().isoformat()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, chat_date=today))
 
 
 def evaluation_sequences(training: TrainingConfig) -> int:

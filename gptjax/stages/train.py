@@ -1,7 +1,6 @@
 """A run of any stage, from its configuration to its summary: what stages share around step, loop and checkpoints."""
 
 import dataclasses
-import datetime
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -19,7 +18,7 @@ from gptjax.model.fp8 import require_hardware
 from gptjax.parallel import distributed
 from gptjax.parallel.launch import DistributedConfig
 from gptjax.parallel.mesh import make_mesh
-from gptjax.resolve import memory_bytes, require_fits, resolve, resolve_mesh
+from gptjax.resolve import memory_bytes, require_fits, resolve, resolve_mesh, with_date
 from gptjax.stages import callbacks, dpo, grpo, messages, ppo, pretrain, resume, reward, sft, start
 from gptjax.stages.rollback import Rollbacks
 from gptjax.stages.stage import Data, Stage
@@ -85,8 +84,9 @@ def train(
                 console.message(f"{directory} is finished: {summary['step']} steps")
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
+        today = distributed.gather_text(with_date(config).data.chat_date)[0]  # all have the first one's day
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, chat_date=today))
         with distributed.together():
-            config = _with_date(config)
             config = _with_mesh(config, console)
             require_packages(config.training.log_to)
         with run_dir.writable(directory), lock.hold(directory, console.message) as require_folder:
@@ -203,12 +203,6 @@ def _card(config: Config) -> dict[str, Any]:
     """What must be the same on all processes of a run, before any of them starts JAX."""
     folder = os.path.abspath(config.run_dir or "runs")
     return {"configuration": to_dict(config), "folder": folder} | run_dir.software()
-
-
-def _with_date(config: Config) -> Config:
-    """With the day on which a run begins, as the first process has it: its rows are the same whenever it goes on."""
-    today = distributed.gather_text(config.data.chat_date or datetime.date.today().isoformat())[0]
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, chat_date=today))
 
 
 def _console() -> Console:

@@ -237,7 +237,8 @@ def merge_resume(
             accepted that there is not.
     """
     # A run of an older version has no value of fields that are newer; what they are derived from, it has.
-    changes = differences(dataclasses.replace(saved, model=saved.model.filled()), requested)
+    data = dataclasses.replace(saved.data, chat_date=saved.data.chat_date or requested.data.chat_date)
+    changes = differences(dataclasses.replace(saved, model=saved.model.filled(), data=data), requested)
     left_open = {name: before for name, (before, after) in changes.items() if after is None}
     left_open = {name: before for name, before in left_open.items() if not name.startswith("mesh.")}
     changes = {name: change for name, change in changes.items() if change[1] is not None}

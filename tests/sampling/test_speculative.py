@@ -207,8 +207,8 @@ def test_ends_and_chunks(model, draft):
     end = next(token for token in free[0][3:] if token not in free[0][:3])
     for guesser, most in ((draft, 24), (None, 24), (draft, 9)):
         sampling = dataclasses.replace(GREEDY, max_tokens=most)
-        ended = new_tokens(model, PROMPTS, sampling, THREE, guesser, end)
-        assert ended == new_tokens(model, PROMPTS, sampling, PLAIN, None, end)
+        ended = new_tokens(model, PROMPTS, sampling, THREE, guesser, (end,))
+        assert ended == new_tokens(model, PROMPTS, sampling, PLAIN, None, (end,))
     few, many = (new_tokens(model, PROMPTS, ALL_FILTERS, THREE, draft, chunk_tokens=n) for n in (4, 10))
     assert few == many
     assert new_tokens(model, PROMPTS, dataclasses.replace(ALL_FILTERS, seed=1), THREE, draft) != many

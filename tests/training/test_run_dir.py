@@ -180,10 +180,12 @@ def test_an_equal_request_changes_nothing():
 def test_a_run_that_is_older_than_a_field():
     """It has no value of it; what it is derived from, it has. Another one is a change like any."""
     saved = resolved()
-    old = replace_fields(saved, {"model.ffn_bias": None, "model.rope_attention_factor": None})
+    old = replace_fields(saved, {"model.ffn_bias": None, "model.rope_attention_factor": None, "data.chat_date": None})
     assert merge_resume(old, saved)[1] == {}
     with pytest.raises(UserError, match="ffn_bias True → False"):
         merge_resume(old, resolved(model__ffn_bias=False))
+    with pytest.raises(UserError, match="chat_date .* → 2020-01-01"):
+        merge_resume(saved, resolved(data__chat_date="2020-01-01"))
 
 
 def test_a_longer_run_keeps_its_schedule():
