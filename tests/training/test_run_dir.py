@@ -184,7 +184,7 @@ def test_a_run_that_is_older_than_a_field():
     assert merge_resume(old, saved)[1] == {}
     with pytest.raises(UserError, match="ffn_bias True → False"):
         merge_resume(old, resolved(model__ffn_bias=False))
-    with pytest.raises(UserError, match="chat_date .* → 2020-01-01"):
+    with pytest.raises(UserError, match=r"chat_date .* → 2020-01-01"):
         merge_resume(saved, resolved(data__chat_date="2020-01-01"))
 
 
