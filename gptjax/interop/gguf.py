@@ -221,6 +221,8 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: dict[str, Any]) ->
                 f"{path} has {architecture}.{name} = {value}, which gptjax does not know of {architecture} models: it "
                 "may change what the model computes"
             )
+    if not 0 < given["block_count"] <= len(tensors):
+        raise UserError(f"{path} has {len(tensors)} tensors, which are too few for {given['block_count']} layers")
     values = {"model_type": MODEL_TYPES[architecture]}
     values |= {FIELDS[name]: value for name, value in given.items() if name in FIELDS}
     heads, width = values["num_attention_heads"], values["hidden_size"]
@@ -250,6 +252,8 @@ def _config(path: Path, metadata: Mapping[str, Any], tensors: dict[str, Any]) ->
         values["query_pre_attn_scalar"] = width // heads if wide else values["head_dim"]
     elif values.pop("sliding_window", None):
         raise UserError(f"{path} has a window in its {architecture} layers, and does not say in which")
+    if architecture == "gemma3":
+        values.setdefault("sliding_window", None)
     if architecture == "gemma2":  # what llama.cpp takes where they are left out
         values = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096} | values
     return values

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from gptjax.errors import UserError
 from gptjax.text.tokenizer_training import SPLIT_PATTERN
 
-CONTROL, USER_DEFINED = 3, 4
-"""Types of tokens: special ones, and others that are taken whole out of a text."""
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+"""Types of tokens: pieces of words, special ones, and others that are taken whole out of a text."""
 PREFIX = "tokenizer.ggml."
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """What `tokenizer_config.json` calls the tokens whose ids are here `..._token_id`."""
@@ -32,12 +32,14 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def generation_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What `generation_config.json` would say."""
-    ends = [metadata.get(f"{PREFIX}{name}_token_id") for name in ENDS]
-    ends = list(dict.fromkeys(i for i in ends if i is not None))
-    named = {"bos_token_id": "bos", "pad_token_id": "padding"}
-    found = {name: metadata.get(f"{PREFIX}{ours}_token_id") for name, ours in named.items()}
-    found = {name: i for name, i in found.items() if i is not None}
-    return found | ({"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {})
+    ends = dict.fromkeys(metadata.get(f"{PREFIX}{name}_token_id") for name in ENDS)
+    ends = [i for i in ends if i is not None]
+    found = {
+        "bos_token_id": metadata.get(f"{PREFIX}bos_token_id"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": metadata.get(f"{PREFIX}padding_token_id"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def build(path: Path, metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -110,9 +112,11 @@ def _sentencepiece(path: Path, metadata: Mapping[str, Any], tokens: Sequence[str
     if scores is None:
         raise UserError(f"{path} has no {PREFIX}scores, by which SentencePiece joins pieces of words")
     ids = {token: i for i, token in enumerate(tokens)}
+    types = metadata.get(f"{PREFIX}token_type", [NORMAL] * len(tokens))
     merges = [
         (-scores[i], -cut, token[:cut], token[cut:])
         for token, i in ids.items()
+        if types[i] in (NORMAL, USER_DEFINED)  # no text is joined to a control token
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
     ]

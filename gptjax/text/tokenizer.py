@@ -223,14 +223,12 @@ class Tokenizer:
     @cached_property
     def _token_bytes(self) -> list[bytes]:
         bytes_of = {"char": str.encode, "sentencepiece": sentencepiece_bytes}.get(self.kind, byte_level_bytes)
+        as_text = sentencepiece_bytes if self.kind == "sentencepiece" else str.encode
         table = [b""] * self.vocab_size
         for token, i in self._vocab.items():
-            if i >= self.vocab_size:
-                continue
-            if i in self._added:  # stands for what it says, or for nothing
-                table[i] = b"" if self._added[i].special else token.encode()
-            else:
-                table[i] = bytes_of(token)
+            added = self._added.get(i)  # stands for what it says, or for nothing
+            if i < self.vocab_size and not (added and added.special):
+                table[i] = as_text(token) if added else bytes_of(token)
         return table
 
     def require_lossless(self, text: str, ids: Sequence[int]) -> None:

@@ -214,6 +214,7 @@ def test_sentencepiece(made, prefixed):
 BAD = {
     "architecture": ({"general.architecture": "mamba"}, "has the architecture 'mamba', which is none of"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count = 8, which gptjax does not know"),
+    "too many layers": ({"llama.block_count": 2**31}, "too few for 2147483648 layers"),
     "no width": ({"llama.embedding_length": None}, "lacks llama.embedding_length"),
     "part of heads": ({"llama.rope.dimension_count": 8}, "rotates 8 of 32 dimensions"),
     "scaling": ({"llama.rope.scaling.type": "dynamic"}, "scales rotary positions by 'dynamic'"),

@@ -122,6 +122,16 @@ def test_sentencepiece_round_trips_through_bytes(text):
     assert tokenizer.end_of_text_id == tokenizer.special_token_ids["</s>"]
 
 
+def test_runs_of_spaces_that_were_added_are_spaces():
+    """As in Gemma's files: what SentencePiece writes as U+2581 is a space in tokens that were added, too."""
+    backend = sentencepiece_like(byte_fallback=True)
+    backend.add_tokens([AddedToken("▁▁", normalized=True)])
+    tokenizer = Tokenizer.of_backend(backend, "here")
+    ids = tokenizer.encode("a  b")
+    assert backend.token_to_id("▁▁") in ids
+    tokenizer.require_lossless("a  b", ids)
+
+
 def test_what_is_lost_is_refused(gpt2):
     """Unknown characters and normalized text are told with the place; special names in the text are no loss."""
     without = Tokenizer.of_backend(sentencepiece_like(byte_fallback=False), "here")
