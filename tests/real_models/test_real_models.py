@@ -1,8 +1,8 @@
 """Two real models do here what they do in transformers: texts, answers, log-probabilities, tuning, and back again."""
 
+import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,11 +29,11 @@ from gptjax.training.load import Run, load_run
 ROOT = Path(__file__).parents[2]
 PROMPTS = {
     "smollm2": ["The capital of France is", "def fibonacci(n):\n", "Once upon a time"],
-    "gemma3": ["The capital of France is", "def fibonacci(n):\n", "Il était une fois"],
+    "gemma3": ["The capital of France is", "</body>\n</html>\n", "Il était une fois"],
 }
 QUESTIONS = ["What is the capital of France?", "Name three colours.", "Say hello in one word."]
 PAGE = "中文字符 é 🙂\n\n".join((ROOT / name).read_text(encoding="utf-8")[:1200] for name in ("README.md", "sample.py"))
-NEW_TOKENS = 24
+NEW_TOKENS = 32
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,8 @@ def generated(theirs, ids: list[int], most: int = NEW_TOKENS, model=None) -> lis
         ]
         .tolist()
     )
-    return found[:-1] if len(found) < most else found
+    stops = theirs.model.generation_config.eos_token_id
+    return found[:-1] if found[-1] in (stops if isinstance(stops, list) else [stops]) else found
 
 
 def sampled(capsys, *arguments) -> list[dict]:
@@ -72,6 +73,8 @@ def test_texts_go_on_as_in_transformers(theirs, form, capsys):
     for completion, prompt in zip(found, prompts, strict=True):
         expected = generated(theirs, theirs.tokenizer(prompt)["input_ids"])
         assert completion["token_ids"] == expected, theirs.tokenizer.decode(expected)
+        assert completion["finish_reason"] == ("length" if len(expected) == NEW_TOKENS else "stop")
+    assert "stop" in {completion["finish_reason"] for completion in found}
 
 
 def test_weights_are_those_of_transformers(theirs, run):
@@ -150,16 +153,20 @@ def test_what_is_exported_is_the_same_model_in_transformers(theirs, run, tmp_pat
 
 
 READ = """
-import resource, sys
+import sys
 from pathlib import Path
 import jax
 from gptjax.interop.huggingface import read_config, read_params
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def now(name):  # of this process alone: what getrusage says begins with what the parent had
+    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name)))
+config = read_config(Path(sys.argv[1]))
 jax.numpy.zeros(8).block_until_ready()
-before, config = peak(), read_config(Path(sys.argv[1]))
+before = now("VmRSS")
 params = jax.block_until_ready(read_params(Path(sys.argv[1]), config))
-print(peak() - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+print(now("VmHWM") - before, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 """
+FILES = 2**28
+"""What mapped files and the allocator may take beside."""
 
 
 @pytest.mark.parametrize("form", ["gguf", "directory"])
@@ -168,7 +175,7 @@ def test_reading_takes_at_most_twice_the_weights(theirs, form):
         [sys.executable, "-c", READ, str(getattr(theirs, form))], cwd=ROOT, capture_output=True, text=True, check=True
     )
     used, weights = map(int, found.stdout.split())
-    assert used <= 2 * weights, f"{used / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights"
+    assert used <= 2 * weights + FILES, f"{used / 1e9:.2f} GB for {weights / 1e9:.2f} GB of weights"
 
 
 def test_adapters_learn_on_short_rows(theirs, tmp_path):
@@ -179,18 +186,27 @@ def test_adapters_learn_on_short_rows(theirs, tmp_path):
     talks = [{"prompt": f"What is {a} plus {b}?", "completion": f"The sum is {a + b}, arr!"} for a, b in sums]
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     words = f"--model.init-from {theirs.gguf} --data.path {tmp_path / 'talks.jsonl'} --run-dir {tmp_path / 'run'}"
-    words += " --lora.rank 8 --training.sequence-length 256 --training.steps 10 --training.batch-size 2"
+    words += " --lora.rank 8 --training.sequence-length 256 --training.steps 10"
+    words += " --training.batch-size 8 --training.micro-batch-size 2"
     words += " --training.eval-every-steps 1 --training.eval-sequences 4 --training.log-every-steps 1"
     words += " --training.loss-chunk-tokens 256"
     words += " --training.sample-every-steps 0 --training.sample-tokens 8 --optimizer.warmup-steps 2"
+    words += " --model.residual-dropout 0"
     command = [sys.executable, "train.py", "configs/sft.py", *words.split()]
-    subprocess.run(command, cwd=ROOT, check=True)
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        peaks = [0]
+        while process.poll() is None:
+            with contextlib.suppress(OSError, StopIteration):  # it has just ended
+                status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                peaks.append(1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM"))))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+    assert process.returncode == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
     assert losses[-1] < losses[0] - 0.1, losses
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")]
-    assert 2 * 256 / statistics.median(speeds) <= 15
+    assert 8 * 256 / statistics.median(speeds) <= 15
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["tokens"] == 10 * 2 * 256
-    assert summary["peak_memory_bytes"] <= 6e9
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 <= 6e9
+    assert summary["tokens"] == 10 * 8 * 256
+    assert max(peaks) <= 6e9, f"{max(peaks) / 1e9:.1f} GB"
