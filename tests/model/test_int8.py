@@ -12,7 +12,7 @@ from gptjax.model.layers import matmul
 from gptjax.parallel.mesh import make_mesh
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
 from gptjax.sampling.decode import decode_n_tokens, decoding_params, prefill, row_keys, start_decoding
-from gptjax.sampling.rows import generate_tokens
+from gptjax.sampling.rows import generate_tokens, stop_array
 
 INT8 = DecodingConfig(weights="int8")
 
@@ -85,7 +85,7 @@ def test_no_whole_weight_is_kept(model):
     assert sizes[1] < 0.35 * sizes[0]
     found = prefill(config, rounded, jnp.zeros((1, 4), jnp.int32), jnp.asarray([4]), 16)
     state = start_decoding(found, jnp.arange(1), jnp.asarray([12]), jnp.zeros((1, 128), bool), row_keys(0, 1))
-    text = decode_n_tokens.lower(config, rounded, state, {}, -1, 4).compile().as_text()
+    text = decode_n_tokens.lower(config, rounded, state, {}, stop_array(()), 4).compile().as_text()
     carried = [line.split(" while(")[0] for line in text.splitlines() if " while(" in line]
     assert sum("s8[32,128]" in arrays for arrays in carried) == 1
     assert not any("f32[32,128]" in arrays for arrays in carried)
