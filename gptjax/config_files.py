@@ -40,7 +40,7 @@ def from_dict(values: Mapping[str, Any], kind: type = Config, where: str = "") -
 
 
 HOW_TO_USE = "python -m gptjax import {0} RUN makes a run of it, and --model.init-from {0} starts one from it"
-"""What can be done with another program's model, where a run was asked for."""
+"""Tells how to use another program's model where a command needs a run."""
 
 
 def require_own(values: Any, path: Path) -> None:
@@ -84,7 +84,7 @@ def load_config(path: str | os.PathLike) -> Config:
         return saved_config(values) if "environment" in values else from_dict(values)
     require(not path.is_dir(), f"{path} is a folder; what is asked for is a configuration file that ends in .py")
     require(path.is_file(), f"no configuration file {path}{_nearest_file(path)}")
-    require(path.suffix != ".gguf", f"{path} is no configuration and no run; {HOW_TO_USE.format(path)}")
+    require(path.suffix != ".gguf", f"{path} is neither a configuration nor a run; {HOW_TO_USE.format(path)}")
     names = run_file(path)
     config, recipe = names.get("config"), "recipe" in names
     hint = f"; it holds a recipe, which is for python -m gptjax recipe {path}" if recipe else ""

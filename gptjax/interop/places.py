@@ -64,7 +64,7 @@ def template_of(place: Path) -> tuple[str, str] | None:
 
 
 def _gguf(place: Path) -> GgufFile:
-    """A file's metadata take a second to read, and are asked for several times."""
+    """Read a file's metadata once: it takes seconds, and is asked for several times."""
     return _opened(place, place.stat().st_mtime_ns)
 
 
