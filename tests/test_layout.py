@@ -40,6 +40,8 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.interop": 3,
     "gptjax.interop.families": 0,
     "gptjax.interop.tensor_names": 0,
+    "gptjax.interop.gguf": 1,  # of one file, the tokenizer too
+    "gptjax.interop.gguf_tokenizer": 1,
     "gptjax.serving": 4,
     "gptjax.runs": 4,
     "gptjax.cli": 5,

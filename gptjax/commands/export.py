@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 
     with jax.set_mesh(one_device_mesh()):
         run = load_run(named[0], parsed.step)
-        kind = export_run(run, Path(named[1]), dtype=parsed.dtype, licence=parsed.license)
+        kind = export_run(run, Path(named[1]), dtype=parsed.dtype, licence=parsed.license, log=cli.print_to_stderr)
     print(f"{named[1]}: model_type {kind}, weights in {parsed.dtype}")
     print(f"next: AutoModelForCausalLM.from_pretrained({named[1]!r}) of transformers")
     return 0

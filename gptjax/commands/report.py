@@ -30,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
 
     platform.configure()
 
+    from gptjax.config_files import HOW_TO_USE
     from gptjax.evaluation.pictures import require_matplotlib
     from gptjax.evaluation.report import report_run
     from gptjax.scaling.conduct import STUDY_FILE
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     place = Path(folder)
     study = (place / STUDY_FILE).is_file()
     if not study and not (place / CONFIG_FILE).is_file():
-        raise UserError(f"{folder} is neither a study's folder ({STUDY_FILE}) nor a run ({CONFIG_FILE})")
+        hint = f"; {HOW_TO_USE.format(folder)}" if place.suffix == ".gguf" else ""
+        raise UserError(f"{folder} is neither a study's folder ({STUDY_FILE}) nor a run ({CONFIG_FILE}){hint}")
     out = Path(parsed.out) if parsed.out else place
     with writable(out):
         out.mkdir(parents=True, exist_ok=True)

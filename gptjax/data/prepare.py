@@ -22,7 +22,6 @@ from gptjax.data.formats import MAX_PIECE_CHARACTERS
 from gptjax.data.shards import (
     FORMAT_VERSION,
     INDEX_FILE,
-    TOKENIZER_FILE,
     Index,
     PreparedData,
     ShardWriter,
@@ -36,7 +35,7 @@ from gptjax.errors import UserError
 from gptjax.text.files import load_tokenizer
 from gptjax.text.special_tokens import FILES
 from gptjax.text.splitting import split_text
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from gptjax.text.tokenizer_training import train_tokenizer
 
 BATCH_CHARACTERS = 2**22  # of text encoded at once: its tokens take the library some 100 MB

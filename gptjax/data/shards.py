@@ -18,11 +18,10 @@ import numpy as np
 
 from gptjax.data.splits import SPLITS, SplitName
 from gptjax.errors import UserError
-from gptjax.text.tokenizer import Tokenizer
+from gptjax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 FORMAT_VERSION = 2
 INDEX_FILE = "index.json"
-TOKENIZER_FILE = "tokenizer.json"
 MAX_SHARD_TOKENS = 2**27
 
 

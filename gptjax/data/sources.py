@@ -42,6 +42,8 @@ TEXT_SUFFIXES = (
 )
 """What is read of a folder, compressed by .gz or .zst or not. A file that is named may have any suffix."""
 
+MODEL_SUFFIXES = (".gguf", ".safetensors")
+
 # Tests and installed packages are not the library; a folder of that name is left out at any depth.
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
@@ -125,9 +127,9 @@ def _files_of_entry(entry: str, suffixes: tuple[str, ...]) -> list[SourceFile]:
     if hub.is_hub(entry):
         return [SourceFile(path, name, entry) for path, name in hub.download(entry)]
     path = Path(entry)
+    if path.suffix in MODEL_SUFFIXES or all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
+        raise UserError(f"data.path {entry} is a model or a run, whose files are no text to learn from")
     if path.is_dir():
-        if all((path / name).is_file() for name in ("config.json", "tokenizer.json")):
-            raise UserError(f"data.path {entry} is a model or a run, whose files are no text to learn from")
         files = [SourceFile(p, p.relative_to(path).as_posix(), entry) for p in _text_files_below(path, suffixes)]
         if not files:
             raise UserError(f"data.path {entry} has no text; files that end in {' '.join(suffixes)} would be read")

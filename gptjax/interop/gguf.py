@@ -6,6 +6,7 @@ Llama's queries and keys come back in the order of rotated halves, and Gemma's n
 Shape suffixes: N heads, F outputs, H half of a head.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Mapping
@@ -156,6 +157,20 @@ class GgufFile:
             prefix = "" if block is None else f"model.layers.{block}."
             found[f"{prefix}{names[kind]}.{end}"] = Info(tuple(int(n) for n in tensor.shape[::-1]), inside)
         return found
+
+
+def open_gguf(path: Path) -> GgufFile:
+    """A file whose metadata is read once while it stays as it is: that takes seconds, and several ask for it.
+
+    Raises:
+        UserError: as `GgufFile`.
+    """
+    return _opened(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _opened(path: Path, changed: int) -> GgufFile:
+    return GgufFile(path)
 
 
 def halves(values: np.ndarray, num_heads: int) -> np.ndarray:

@@ -18,9 +18,10 @@ from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.interop.configs import family_of, from_theirs, to_theirs
 from gptjax.interop.families import Family, Tensor
-from gptjax.interop.places import open_tensors, read_values, tokenizer_of
+from gptjax.interop.places import open_tensors, read_values
 from gptjax.interop.tensor_files import SHARD_BYTES, TensorFiles, copy_numbers, write_tensors
 from gptjax.model.gpt import GPT, Params
+from gptjax.text.files import load_tokenizer
 from gptjax.text.special_tokens import GENERATION_CONFIG, TOKEN_IDS, TOKENIZER_CONFIG, ids
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.state import abstract_params
@@ -45,9 +46,9 @@ def read_tokenizer(directory: Path, config: ModelConfig, log: Callable[[str], No
         log: told of tokens without a row, of rows without a token, and of a tokenizer that names no end.
 
     Raises:
-        UserError: as `tokenizer_of`, or it has ids for which the model has no row.
+        UserError: as `load_tokenizer`, or it has ids for which the model has no row.
     """
-    whole = tokenizer_of(directory)
+    whole = load_tokenizer(directory)
     tokenizer = whole.with_vocab_size(config.vocab_size)
     if whole.vocab_size < config.vocab_size:
         log(f"{config.vocab_size - whole.vocab_size} rows of the model stand for no token, as is usual")

@@ -1,16 +1,12 @@
 """Where models of other programs lie, a Hugging Face directory or a GGUF file, and what each says in the same terms."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
 from gptjax.interop.configs import is_huggingface, read_json
-from gptjax.interop.gguf import GgufFile, is_gguf
+from gptjax.interop.gguf import GgufFile, is_gguf, open_gguf
 from gptjax.interop.tensor_files import TensorFiles
-from gptjax.text.files import load_tokenizer
-from gptjax.text.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG
 from gptjax.text.templates import read_template, template_file
-from gptjax.text.tokenizer import Tokenizer
 
 
 def is_foreign(place: Path) -> bool:
@@ -24,7 +20,7 @@ def read_values(place: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or has an architecture that is not known here.
     """
-    return _gguf(place).config_json if is_gguf(place) else read_json(place)
+    return open_gguf(place).config_json if is_gguf(place) else read_json(place)
 
 
 def open_tensors(place: Path) -> TensorFiles | GgufFile:
@@ -33,21 +29,7 @@ def open_tensors(place: Path) -> TensorFiles | GgufFile:
     Raises:
         UserError: there are none, or files are damaged.
     """
-    return _gguf(place) if is_gguf(place) else TensorFiles(place)
-
-
-def tokenizer_of(place: Path) -> Tokenizer:
-    """The tokenizer, with the roles that its files give special tokens.
-
-    Raises:
-        UserError: as `load_tokenizer`.
-    """
-    if not is_gguf(place):
-        return load_tokenizer(place)
-    file = _gguf(place)
-    said = {name: value for name, value in file.tokenizer_config.items() if name != "chat_template"}
-    files = {TOKENIZER_CONFIG: said, GENERATION_CONFIG: file.generation_config}
-    return Tokenizer.of_backend(file.tokenizer(), place, files)
+    return open_gguf(place) if is_gguf(place) else TensorFiles(place)
 
 
 def template_of(place: Path) -> tuple[str, str] | None:
@@ -57,17 +39,7 @@ def template_of(place: Path) -> tuple[str, str] | None:
         UserError: it cannot be read.
     """
     if is_gguf(place):
-        text = _gguf(place).tokenizer_config.get("chat_template")
+        text = open_gguf(place).tokenizer_config.get("chat_template")
         return None if text is None else (text, f"the chat template of {place}")
     path = template_file(place)
     return None if path is None else (read_template(path), str(path))
-
-
-def _gguf(place: Path) -> GgufFile:
-    """Read a file's metadata once: it takes seconds, and is asked for several times."""
-    return _opened(place, place.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(place: Path, changed: int) -> GgufFile:
-    return GgufFile(place)

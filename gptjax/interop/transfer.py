@@ -84,6 +84,11 @@ def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
         run_dir=str(run),
     )
     config = resolve(config, jax.devices(), tokenizer)
+    if model.rope_scaling == "longrope" and model.context_length > model.rope_original_length:
+        log(
+            f"LongRoPE: the factors for long texts are used for all, where transformers uses the short ones for texts "
+            f"up to {model.rope_original_length} tokens"
+        )
     params = huggingface.read_params(source, config.model)
     with run_dir.writable(run), _made_whole(run) as folder:
         for name, text in tokenizer.texts().items():
@@ -113,11 +118,18 @@ def _made_whole(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def export_run(run: Run, directory: Path, *, dtype: str = "float32", licence: str = "unknown") -> str:
+def export_run(
+    run: Run,
+    directory: Path,
+    *,
+    dtype: str = "float32",
+    licence: str = "unknown",
+    log: Callable[[str], None] = lambda line: None,
+) -> str:
     """Write a run as a Hugging Face directory: weights, configuration, tokenizer, chat template and a model card.
 
     What was imported says of its special tokens there what it said before; what has learned to talk names every token
-    that ends an answer.
+    that ends an answer. A chat template that cannot be laid out here is written as it is, and `log` is told.
 
     Returns:
         The `model_type` that it has there.
@@ -131,7 +143,7 @@ def export_run(run: Run, directory: Path, *, dtype: str = "float32", licence: st
         raise UserError(f"{directory} is there already, and not an empty folder; nothing was written")
     huggingface.to_theirs(run.config.model)  # what it refuses is refused before a folder is made
     template = template_of(run.directory)
-    form = None if template is None else chat_format(run.tokenizer, *template)
+    form = _format(run.tokenizer, template, log)
     directory.mkdir(parents=True, exist_ok=True)
     generation = _generation_config(run.tokenizer, form)
     family = huggingface.write_model(directory, run.config.model, run.params, dtype=dtype, generation=generation)
@@ -141,6 +153,14 @@ def export_run(run: Run, directory: Path, *, dtype: str = "float32", licence: st
         (directory / TEMPLATE_FILE).write_text(template[0], encoding="utf-8")
     (directory / CARD).write_text(model_card(run, dtype, licence), encoding="utf-8")
     return family.model_type
+
+
+def _format(tokenizer: Tokenizer, template: tuple[str, str] | None, log: Callable[[str], None]) -> ChatFormat | None:
+    try:
+        return None if template is None else chat_format(tokenizer, *template)
+    except UserError as error:
+        log(f"answers end with the tokens that end texts, as the chat template cannot say with which: {error}")
+        return None
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -18,13 +18,13 @@ from gptjax.config import Config, DataConfig, ModelConfig
 from gptjax.data.loader import RowStream
 from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
-from gptjax.interop.places import tokenizer_of
 from gptjax.model.gpt import GPT, Params
 from gptjax.parametrization import multipliers
 from gptjax.stages import callbacks, pretrain, rl, start
 from gptjax.stages.judges import token_judge, value_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import Weights, weights_of
+from gptjax.text.files import load_tokenizer
 from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.training.losses import Batch, Loss
 from gptjax.training.optimizer import make_optimizer
@@ -181,7 +181,7 @@ def _critic(config: Config, data: Data) -> tuple[Config, ModelConfig]:
     judge = config.rl.reward if Path(config.rl.reward).is_dir() else config.model.init_from
     folder = config.ppo.critic_from or judge
     saved = start.model_of(Path(folder))
-    theirs = tokenizer_of(Path(folder))
+    theirs = load_tokenizer(Path(folder))
     if theirs.with_vocab_size(saved.vocab_size).fingerprint != data.tokenizer.fingerprint:
         raise UserError(f"the critic's start {folder} has another tokenizer than the policy's; ppo.critic_from another")
     own = {name: getattr(config.model, name) for name in ("scan_layers", "remat", "attention_kernel", "compute_dtype")}

@@ -10,7 +10,8 @@ import numpy as np
 from gptjax.config import Config, ModelConfig, foreign_row_tokens
 from gptjax.errors import UserError
 from gptjax.interop.huggingface import read_config
-from gptjax.interop.places import is_foreign, tokenizer_of
+from gptjax.interop.places import is_foreign
+from gptjax.interop.transfer import imported_from
 from gptjax.interop.word_vectors import embed_words
 from gptjax.model.gpt import GPT, VALUE_HEAD, Params
 from gptjax.text.files import load_tokenizer
@@ -19,8 +20,9 @@ from gptjax.training.load import load_run
 from gptjax.training.run_dir import CONFIG_FILE, TOKENIZER_FILE, load_run_config
 from gptjax.training.state import draw_params
 
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 OWN = (
-    *("init_from", "init_embeddings", "value_head", "embedding_dropout", "attention_dropout", "residual_dropout"),
+    *("init_from", "init_embeddings", "value_head", *DROPOUTS),
     *("scan_layers", "remat", "attention_kernel", "compute_dtype", "fp8"),
 )
 """Fields of the model that a run decides for itself; the others are its shape."""
@@ -63,6 +65,13 @@ def inherit(config: Config, continued: bool = False, log: Callable[[str], None] 
         )
     tokenizer = dataclasses.replace(config.tokenizer, path=path)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **shape), tokenizer=tokenizer)
+    if not continued and imported_from(place):
+        for name in DROPOUTS:
+            if (rate := getattr(config.model, name)) > getattr(model, name):
+                log(
+                    f"model.{name} is {rate:g}, with which {source} may never have been trained: its loss can begin "
+                    f"nats higher; --model.{name.replace('_', '-')} 0 leaves it out"
+                )
     if continued or config.training.sequence_length:
         return config
     length, reason = _row_length(place, model)
@@ -100,8 +109,7 @@ def tokenizer(config: Config) -> Tokenizer:
             f"stage {config.stage} starts from a run: give --model.init-from RUN (or --tokenizer.path, to begin with "
             "drawn parameters)"
         )
-    place = Path(config.tokenizer.path)
-    loaded = tokenizer_of(place) if is_foreign(place) else load_tokenizer(place)
+    loaded = load_tokenizer(config.tokenizer.path)
     return loaded.with_vocab_size(config.model.vocab_size) if config.model.init_from else loaded
 
 

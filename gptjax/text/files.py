@@ -9,7 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.errors import UserError
-from gptjax.text.special_tokens import read_files
+from gptjax.interop.gguf import is_gguf, open_gguf
+from gptjax.text.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, read_files
 from gptjax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 ADDED_TOKENS = "added_tokens.json"
@@ -20,10 +21,11 @@ HUGGING_FACE_NAMES = {"vocab.json": "merges.txt", GPT2_VOCABULARY: GPT2_MERGES}
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """A tokenizer from a `tokenizer.json`, or a folder with one (a run or prepared data, too), or GPT-2's two files.
+    """A tokenizer, with the roles that the files beside it give special tokens.
 
     Args:
-        path: the file, the folder, or one of GPT-2's `encoder.json` and `vocab.bpe`.
+        path: a `tokenizer.json`, a GGUF file, one of GPT-2's `encoder.json` and `vocab.bpe`, or a folder with any of
+            them but a GGUF file: a run, prepared data and a Hugging Face directory are such folders.
 
     Raises:
         UserError: nothing is there, with the nearest that is, or no tokenizer from which text comes back as it was.
@@ -44,7 +46,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     for vocabulary, merges in HUGGING_FACE_NAMES.items():
         if path.name in (vocabulary, merges):
             return _load_gpt2(path.with_name(vocabulary), path.with_name(merges))
-    return Tokenizer.load(path)
+    return _of_gguf(path) if is_gguf(path) else Tokenizer.load(path)
+
+
+def _of_gguf(path: Path) -> Tokenizer:
+    file = open_gguf(path)
+    said = {name: value for name, value in file.tokenizer_config.items() if name != "chat_template"}
+    files = {TOKENIZER_CONFIG: said, GENERATION_CONFIG: file.generation_config}
+    return Tokenizer.of_backend(file.tokenizer(), path, files)
 
 
 def _load_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:

@@ -1,6 +1,7 @@
 """What is left to say when a run ends: `summary.json`."""
 
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -66,10 +67,17 @@ def read_summary(directory: Path) -> dict[str, Any] | None:
 
 
 def peak_memory_bytes() -> int | None:
-    """Most memory used so far: of the fullest local device, or of this process where the device is the CPU."""
+    """Most memory used so far: of the fullest local device, or of this process where the device is the CPU.
+
+    Linux says in /proc what a process has had since its program began; what getrusage says begins with the most that
+    the process had which started it.
+    """
     devices = jax.local_devices()
     if devices[0].platform != "cpu":
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
         return max((peak for peak in peaks if peak is not None), default=None)
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(found[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

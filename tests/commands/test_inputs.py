@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from gguf_files import write_gguf
 
 import sample
 import train
@@ -27,7 +28,8 @@ TALKS = [{"prompt": f"Say {n}.", "completion": str(n)} for n in range(40)]
 
 @pytest.fixture(scope="module")
 def place(run, tmp_path_factory):
-    """A folder with one of each: a run, a Hugging Face directory, the run that it was imported as, prepared data."""
+    """A folder with one of each: a run, a model from elsewhere as a Hugging Face directory, as a GGUF file and as the
+    run that it is imported as, and text."""
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(run, folder / "run")
     (folder / "hf").mkdir()
@@ -46,6 +48,7 @@ def place(run, tmp_path_factory):
     huggingface.write_model(folder / "hf", config, draw_params(GPT(config), 0), generation={"eos_token_id": 0})
     tokenizer.save(folder / "hf" / "tokenizer.json")
     (folder / "hf" / "chat_template.jinja").write_text(CHATML)
+    write_gguf(folder / "hf", folder / "model.gguf", "llama")
     (folder / "text.txt").write_text("The cat sat on the mat.\n" * 200)
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
     return folder
@@ -85,6 +88,7 @@ WORKS = {
     "run": MODEL | {"train", "evaluate", "evaluate prepared", "plan", "report", "verify"},
     "imported": FOREIGN - {"import"} | {"plan", "report", "verify"},
     "hf": FOREIGN,
+    "model.gguf": FOREIGN - {"evaluate prepared"},
     "prepared": {"learn from", "prepare", "prepare by", "tokenizer show"},
     "text.txt": {"learn from", "prepare", "tokenizer train"},
 }
@@ -95,10 +99,13 @@ SAID = {
     ("run", "prepare"): "is a model or a run",
     ("imported", "train"): "start a run from it with --model.init-from",
     ("imported", "evaluate"): "give one as --data",
-    ("hf", "train"): "python -m gptjax import hf RUN makes a run of it",
-    ("hf", "plan"): "python -m gptjax import hf RUN makes a run of it",
-    ("hf", "verify"): "python -m gptjax import hf RUN makes a run of it",
-    ("hf", "report"): "python -m gptjax import hf RUN makes a run of it",
+    **{
+        (given, name): f"python -m gptjax import {given} RUN makes a run of it"
+        for given in ("hf", "model.gguf")
+        for name in ("train", "plan", "verify", "report")
+    },
+    ("model.gguf", "prepare"): "is a model or a run",
+    ("model.gguf", "evaluate prepared"): "was made with another tokenizer than model.gguf",
     ("hf", "evaluate"): "give one as --data",
     ("hf", "learn from"): "is a model or a run",
     ("prepared", "sample"): "is not a run",

@@ -14,7 +14,6 @@ from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
 from gptjax.evaluation.documents import split_documents
 from gptjax.interop import huggingface
-from gptjax.interop.places import tokenizer_of
 from gptjax.interop.transfer import export_run, import_model
 from gptjax.model.gpt import GPT
 from gptjax.sampling.chat import chat
@@ -23,6 +22,7 @@ from gptjax.sampling.generate import generate
 from gptjax.sampling.rows import generate_tokens
 from gptjax.stages import callbacks, chats
 from gptjax.text.chat import CHATML, Message
+from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.load import load_run
 from gptjax.training.losses import language_model_loss
@@ -72,25 +72,25 @@ def directory(tmp_path):
 
 def test_roles_are_what_files_say(directory):
     """The post-processor says what begins a text; ids and names of all files together, what ends it."""
-    tokenizer = tokenizer_of(directory)
+    tokenizer = load_tokenizer(directory)
     assert (tokenizer.opening, tokenizer.end_of_text_id, tokenizer.padding_id) == ((BOS,), EOS, PAD)
     assert tokenizer.stop_ids == (EOS, IM_END)
     assert tokenizer.named_tokens == {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     (directory / "generation_config.json").unlink()
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": IM_END}))
-    assert tokenizer_of(directory).stop_ids == (IM_END, EOS)
+    assert load_tokenizer(directory).stop_ids == (IM_END, EOS)
     (directory / "tokenizer_config.json").unlink()
     (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    assert tokenizer_of(directory).end_of_text_id == IM_END
+    assert load_tokenizer(directory).end_of_text_id == IM_END
     backend(adds_bos=False).save(str(directory / "tokenizer.json"))
-    assert tokenizer_of(directory).opening == ()
+    assert load_tokenizer(directory).opening == ()
     (directory / "special_tokens_map.json").unlink()
     (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "add_bos_token": True}))
-    assert tokenizer_of(directory).opening == (BOS,)
+    assert load_tokenizer(directory).opening == (BOS,)
     (directory / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config.json is not JSON"):
-        tokenizer_of(directory)
+        load_tokenizer(directory)
 
 
 def test_prompts_begin_as_texts_do(directory):
@@ -149,8 +149,19 @@ def test_a_chat_of_ours_says_where_answers_end(directory, tmp_path):
     export_run(load_run(tmp_path / "run"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [IM_END, EOS]
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
-    again = tokenizer_of(tmp_path / "out")
+    again = load_tokenizer(tmp_path / "out")
     assert (again.end_of_text_id, set(again.stop_ids)) == (EOS, {EOS, IM_END})
+
+
+def test_a_template_that_cannot_be_laid_out_is_carried_all_the_same(directory, tmp_path):
+    """Only which token ends an answer is not known then, and that is said."""
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    import_model(directory, tmp_path / "run", print)
+    said = []
+    export_run(load_run(tmp_path / "run"), tmp_path / "out", log=said.append)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text().startswith("{% for m in messages %}")
+    assert "ends answers with no special token" in said[0]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
 
 
 def test_documents_begin_as_texts_do(tmp_path):

@@ -104,10 +104,23 @@ def test_a_foreign_model_has_rows_of_bounded_length(stage_config, from_text, tmp
             config = stage_config("sft", tmp_path / "none", model={"init_from": str(tmp_path / source)})
             config = start.inherit(config, log=said.append)
             assert (config.training.sequence_length, config.model.context_length) == (2048, 131072)
-            assert said[0].startswith("rows of 2048 tokens: ")
+            assert [line.split(":")[0] for line in said] == ["rows of 2048 tokens"]
         values = json.loads(old.read_text())
         values["training"].pop("sequence_length", None)  # as it was saved before there was the field
         old.write_text(json.dumps(values))
+
+
+def test_dropout_that_a_model_has_not_met_is_said(stage_config, from_text, tmp_path):
+    """A pretrained model may answer with a loss of several nats more; what was trained here is left to its user."""
+    llama = {"norm": "rmsnorm", "positions": "rope", "feed_forward": "swiglu", "context_length": 16}
+    train(from_text("ours", llama, steps=1))
+    export_run(load_run(tmp_path / "ours"), tmp_path / "theirs")
+    import_model(tmp_path / "theirs", tmp_path / "imported", lambda line: None)
+    for source, rate, named in (("theirs", 0.2, 1), ("imported", 0.2, 1), ("imported", 0.0, 0), ("ours", 0.2, 0)):
+        said = []
+        model = {"init_from": str(tmp_path / source), "residual_dropout": rate}
+        start.inherit(stage_config("sft", tmp_path / "none", model=model), log=said.append)
+        assert sum("--model.residual-dropout 0 leaves it out" in line for line in said) == named
 
 
 @pytest.fixture
