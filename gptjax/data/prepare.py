@@ -5,19 +5,18 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from gptjax.config import DataConfig, TokenizerConfig
 from gptjax.data.corpus import PIECE_CHARACTERS, Source, open_sources, tokenizer_texts
+from gptjax.data.folders import NO_CONTENT, is_empty, locked, shortened, written_whole
 from gptjax.data.formats import MAX_PIECE_CHARACTERS
 from gptjax.data.shards import (
     FORMAT_VERSION,
@@ -52,7 +51,7 @@ def prepare(
     """Prepared data of `data.path`: opened where it exists and nothing changed, else made.
 
     A single prepared folder as `data.path` is opened as it is, with its own tokenizer. Whatever is made
-    appears at once and whole: it is written beside its place and renamed. Memory holds a few hundred MB,
+    appears at once and whole: it is written apart, and then moved. Memory holds a few hundred MB,
     however large the text; what a tokenizer is trained on is `tokenizer_texts`.
 
     Args:
@@ -83,16 +82,16 @@ def prepare(
     fingerprint = _fingerprint(data, tokenizer)
     folder = Path(out_dir) if out_dir else Path(data.prepared_dir, f"{_name(data)}-{fingerprint[:12]}")
     try:
-        with _locked(folder):
+        with locked(folder):
             if (folder / INDEX_FILE).is_file():
                 prepared = open_prepared(folder)
                 if prepared.index.fingerprint == fingerprint:
                     log(f"data: reused {describe(prepared)}")
                     return prepared
                 _require_replaceable(prepared, data)
-            elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            elif not is_empty(folder):
                 raise UserError(f"{folder} exists and is no prepared data; choose another folder")
-            with _written_whole(folder) as partial:
+            with written_whole(folder, INDEX_FILE) as partial:
                 _build(partial, data, tokenizer, fingerprint, progress)
     except OSError as error:
         raise UserError(f"data cannot be prepared in {folder}: {error}") from error
@@ -118,7 +117,7 @@ def _require_replaceable(prepared: PreparedData, data: DataConfig) -> None:
             "choose another folder, or remove it"
         )
     known = {shard.file for shard in index.shards} | {INDEX_FILE, TOKENIZER_FILE, *FILES}
-    strangers = {path.name for path in prepared.folder.iterdir()} - known
+    strangers = {path.name for path in prepared.folder.iterdir()} - known - NO_CONTENT
     if strangers:
         raise UserError(f"{prepared.folder} would be made anew, but also holds {min(strangers)}; choose another folder")
 
@@ -151,50 +150,7 @@ def _fingerprint(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> st
 
 def _name(data: DataConfig) -> str:
     stem = Path(data.path[0].removesuffix("://")).stem
-    return re.sub(r"[^\w-]+", "_", stem).strip("_") or "data"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Whoever comes second waits, and finds the data made; a killed process holds no lock. Nothing is left behind: no
-    lock, and after an error no parent of the folder that was not there before."""
-    lock = FileLock(folder.parent / f".{folder.name}.lock")
-    made = [parent for parent in folder.parents if not parent.exists()]
-    while not lock.is_locked:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # who had the lock has just removed the parent that it had made
-            lock.acquire()
-    try:
-        yield
-    except BaseException:
-        _unlock(lock)
-        for parent in made:
-            with suppress(OSError):  # somebody else has put something there
-                parent.rmdir()
-        raise
-    _unlock(lock)
-
-
-def _unlock(lock: FileLock) -> None:
-    """Remove the file while it is still locked: whoever waits for it sees that it is gone, and locks a new one."""
-    with suppress(OSError):  # Windows removes no open file
-        Path(lock.lock_file).unlink()
-    lock.release()
-
-
-@contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `folder` when all went well; call it under the lock."""
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return shortened(re.sub(r"[^\w-]+", "_", stem).strip("_"), 64) or "data"
 
 
 def _build(

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gptjax.data.conversations import RankedAnswers
+from gptjax.config import DataConfig
+from gptjax.data.conversations import laid_out
+from gptjax.data.forms import RankedAnswers
 from gptjax.data.packing import Example, fit_rows
-from gptjax.text.chat import ChatFormat, Message
+from gptjax.text.chat import ChatFormat, Encoded, Message
 
 MULTIPLE = 16
 """Rows are as long as the longest that there is, rounded up, if training.sequence_length is no shorter."""
@@ -23,7 +25,7 @@ class EncodedAnswers(NamedTuple):
 
 
 def encode_answers(
-    form: ChatFormat, items: Sequence[RankedAnswers], sequence_length: int, on_long: str, shifted: bool
+    form: ChatFormat, items: Sequence[RankedAnswers], sequence_length: int, data: DataConfig, shifted: bool
 ) -> tuple[list[EncodedAnswers], Counter[str]]:
     """All answers that fit, of prompts that keep two of different ranks; and what was cut or left out.
 
@@ -31,20 +33,23 @@ def encode_answers(
         shifted: as `fit_rows` takes it.
 
     Raises:
-        UserError: as `fit_rows`.
+        UserError: as `fit_rows` and `laid_out`.
     """
+
+    def encode(item: RankedAnswers) -> list[Encoded]:
+        return [form.encode([*item.prompt, Message("assistant", answer)]) for answer in item.answers]
+
     kept, counts = [], Counter()
-    for item in items:
+    for item, all_encoded in laid_out(items, encode, data, counts):
         answers, ranks = [], []
-        for answer, rank in zip(item.answers, item.ranks, strict=True):
-            encoded = form.encode([*item.prompt, Message("assistant", answer)])
+        for encoded, rank in zip(all_encoded, item.ranks, strict=True):
             learned = np.array(encoded.learned)
             last_turn = np.flatnonzero(
                 ~learned[: np.flatnonzero(learned)[-1]]
             )  # earlier answers are part of the prompt
             learned[: last_turn[-1] + 1] = False
             example = Example(np.array(encoded.token_ids, np.int32), learned)
-            fitted, found = fit_rows([example], [item.origin], sequence_length, on_long, shifted)
+            fitted, found = fit_rows([example], [item.origin], sequence_length, data.on_long, shifted)
             counts += found
             answers += fitted
             ranks += [rank] * len(fitted)

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import grain
 
-from gptjax.data.conversations import Task
+from gptjax.config import DataConfig
+from gptjax.data.conversations import laid_out
+from gptjax.data.forms import Task
 from gptjax.errors import UserError
 from gptjax.text.chat import ChatFormat
 
@@ -22,7 +24,7 @@ class Prompt(NamedTuple):
 
 
 def encode_prompts(
-    form: ChatFormat, tasks: Sequence[Task], most_tokens: int, on_long: str, bound: str
+    form: ChatFormat, tasks: Sequence[Task], most_tokens: int, data: DataConfig, bound: str
 ) -> tuple[list[Prompt], Counter[str]]:
     """The prompts of at most so many tokens, and how many were left out.
 
@@ -30,15 +32,14 @@ def encode_prompts(
         bound: what leaves so many, for messages.
 
     Raises:
-        UserError: one is longer, under `stop`; a prompt is not cut, as its end is the question.
+        UserError: one is longer, under `stop`; a prompt is not cut, as its end is the question. Or as `laid_out`.
     """
     kept, counts = [], Counter()
-    for task in tasks:
-        ids = form.prompt(task.prompt)
+    for task, ids in laid_out(tasks, lambda task: form.prompt(task.prompt), data, counts):
         if len(ids) <= most_tokens:
             kept.append(Prompt(task, ids))
             continue
-        if on_long != "skip":
+        if data.on_long != "skip":
             raise UserError(
                 f"{task.origin}: the prompt has {len(ids)} tokens, of which {bound} leaves {most_tokens} beside "
                 "rl.answer_tokens; --data.on-long skip leaves such out"

@@ -10,7 +10,7 @@ import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gptjax.data.conversations import Task
+from gptjax.data.forms import Task
 from gptjax.errors import UserError
 
 Reward = Callable[[Task, str], float]
@@ -63,6 +63,8 @@ def length_near(words: int) -> Reward:
     return reward
 
 
+JUDGED_BY_ANSWER = ("number", "exact")
+"""These compare with a task's right answer, so that each must have one."""
 NAMED = {"number": number_match, "exact": exact_match, "json": valid_json}
 
 

@@ -1,17 +1,16 @@
 """Runs made of Hugging Face directories, and directories made of runs."""
 
-import contextlib
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from gptjax.config import Config, TokenizerConfig, TrainingConfig, foreign_row_tokens
+from gptjax.data.folders import is_empty, written_whole
 from gptjax.errors import UserError
 from gptjax.interop import huggingface
 from gptjax.interop.places import is_foreign, read_values, template_of
@@ -70,7 +69,7 @@ def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
     Raises:
         UserError: the run's folder is not empty; or as `huggingface.read_params` and `read_tokenizer`.
     """
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if not is_empty(run):
         raise UserError(f"{run} is there already, and not an empty folder; choose another one")
     if not is_foreign(source):
         read_values(source)  # says what is wrong with a place that has no model
@@ -90,7 +89,7 @@ def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
             f"up to {model.rope_original_length} tokens"
         )
     params = huggingface.read_params(source, config.model)
-    with run_dir.writable(run), _made_whole(run) as folder:
+    with run_dir.writable(run), written_whole(run, run_dir.CONFIG_FILE) as folder:
         for name, text in tokenizer.texts().items():
             run_dir.write_text(folder / name, text)
         template = template_of(source)
@@ -100,22 +99,6 @@ def import_model(source: Path, run: Path, log: Callable[[str], None]) -> None:
             metadata = {IMPORTED: str(source.absolute()), "tokenizer": tokenizer.to_json()}
             checkpoint.save(manager, 0, {"params": params}, metadata)
         run_dir.save_config(folder, config, run_dir.environment() | {IMPORTED: {"from": str(source.absolute())}})
-
-
-@contextlib.contextmanager
-def _made_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of an empty one when all went well, and else leaves nothing."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds the model
-            folder.rmdir()
 
 
 def export_run(
@@ -139,7 +122,7 @@ def export_run(
     """
     if dtype not in huggingface.TYPES:
         raise UserError(f"--dtype {dtype} is no type of weights; those that can be written are {[*huggingface.TYPES]}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if not is_empty(directory):
         raise UserError(f"{directory} is there already, and not an empty folder; nothing was written")
     huggingface.to_theirs(run.config.model)  # what it refuses is refused before a folder is made
     template = template_of(run.directory)

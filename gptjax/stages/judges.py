@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gptjax.config import Config, ModelConfig
-from gptjax.data.conversations import Task
+from gptjax.data.forms import Task
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import find_reward, judge
 from gptjax.model.gpt import GPT, Params

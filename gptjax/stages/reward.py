@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from gptjax.config import Config
-from gptjax.data.conversations import fingerprint, left_out, ranked_answers_of, read_items, split_items
+from gptjax.data.conversations import SPLIT_BY, fingerprint, left_out, read_items, split_items
+from gptjax.data.forms import ranked_answers_of
 from gptjax.data.loader import RowStream, evaluation_rows, evenly_spaced
 from gptjax.data.rankings import EncodedAnswers, RankedRows, encode_answers, longest_answer, rounded
 from gptjax.errors import UserError
@@ -76,8 +77,8 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     items = read_items(config.data, ranked_answers_of, skipped)
     # A pair's tokens are inputs and, shifted by one, labels; a score is of the tokens alone.
     length, shifted, sides = config.sequence_length, config.stage != "reward", []
-    for side in split_items(items, config.data):
-        groups, counts = encode_answers(form, side, length, config.data.on_long, shifted)
+    for side in split_items(items, config.data, skipped):
+        groups, counts = encode_answers(form, side, length, config.data, shifted)
         skipped += counts
         if not groups:
             raise UserError(f"no answers are left to compare that fit training.sequence_length {length}")
@@ -86,7 +87,7 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     mark = fingerprint(
         [[item.prompt, item.answers, item.ranks] for item in items],
         *(tokenizer.fingerprint, form.template, length - (not shifted), config.data.on_long),
-        *(config.data.split, config.data.validation_fraction),
+        *(config.data.on_error, config.data.split, SPLIT_BY, config.data.validation_fraction),
     )
     return Data(tokenizer, mark, " ".join(config.data.path), len(sides[0]), Rankings(form, *sides))
 

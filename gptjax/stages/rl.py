@@ -19,12 +19,14 @@ import jax
 import numpy as np
 
 from gptjax.config import Config
-from gptjax.data.conversations import fingerprint, left_out, read_items, split_items, task_of
+from gptjax.data.conversations import SPLIT_BY, fingerprint, left_out, read_items, split_items
+from gptjax.data.forms import Task, require_right_answer, task_of
 from gptjax.data.loader import evenly_spaced
 from gptjax.data.rankings import rounded
+from gptjax.data.records import Record
 from gptjax.data.tasks import Prompt, PromptOrder, encode_prompts, padded_tokens
 from gptjax.errors import UserError
-from gptjax.evaluation.rewards import find_reward
+from gptjax.evaluation.rewards import JUDGED_BY_ANSWER, find_reward
 from gptjax.model.gpt import Params
 from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
@@ -101,9 +103,11 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
             f"rl.answer_tokens {config.rl.answer_tokens} leaves no room for a prompt in {bound} {length}; at most "
             f"{length - 1} work"
         )
-    items, sides = read_items(config.data, task_of, skipped), []
-    for side in split_items(items, config.data):
-        prompts, counts = encode_prompts(form, side, most_tokens, config.data.on_long, f"{bound} {length}")
+    judged = config.rl.reward in JUDGED_BY_ANSWER
+    items = read_items(config.data, lambda record: _task(record, judged), skipped)
+    sides = []
+    for side in split_items(items, config.data, skipped):
+        prompts, counts = encode_prompts(form, side, most_tokens, config.data, f"{bound} {length}")
         skipped += counts
         if not prompts:
             raise UserError(f"no prompt is left of at most {most_tokens} tokens")
@@ -113,11 +117,15 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         [[item.prompt, item.answer] for item in items],
         # One more, as in runs that began when prompts were let in that no answer could be drawn to.
         *(tokenizer.fingerprint, form.template, most_tokens + 1, config.data.on_long),
-        *(config.data.split, config.data.validation_fraction),
+        *(config.data.on_error, config.data.split, SPLIT_BY, config.data.validation_fraction),
     )
     content = Prompts(form, *sides, padded_tokens([*sides[0], *sides[1]], most_tokens))
     num_rows = len(sides[0]) * group_size(config) * config.rl.inner_epochs
     return Data(tokenizer, mark, " ".join(config.data.path), num_rows, content)
+
+
+def _task(record: Record, judged: bool) -> Task:
+    return require_right_answer(task_of(record)) if judged else task_of(record)
 
 
 def _room(config: Config) -> tuple[int, str]:

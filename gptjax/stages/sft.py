@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import Config
-from gptjax.data.conversations import conversation_of, fingerprint, left_out, read_items, split_items
+from gptjax.data.conversations import SPLIT_BY, fingerprint, laid_out, left_out, read_items, split_items
+from gptjax.data.forms import conversation_of
 from gptjax.data.loader import RowStream
 from gptjax.data.packing import Example, PackedRows, fit_rows
 from gptjax.errors import UserError
@@ -52,8 +53,9 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
     form, skipped = chats.layout(config, tokenizer), Counter()
     items = read_items(config.data, conversation_of, skipped)
     length, sides = config.sequence_length, []
-    for side in split_items(items, config.data):
-        rows = [(row, item.origin) for item in side for row in form.rows(item.messages)]
+    for side in split_items(items, config.data, skipped):
+        laid = laid_out(side, lambda item: form.rows(item.messages), config.data, skipped)
+        rows = [(row, item.origin) for item, rows in laid for row in rows]
         examples = [Example(np.array(row.token_ids, np.int32), np.array(row.learned)) for row, _ in rows]
         fitted, counts = fit_rows(examples, [origin for _, origin in rows], length, config.data.on_long)
         if not fitted:
@@ -68,13 +70,15 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         f"{left_out(skipped)}"
     )
     mark = fingerprint(
-        [[(m.role, m.content) for m in item.messages] for item in items],
+        [item.messages for item in items],
         *(
             tokenizer.fingerprint,
             form.template,
             length,
             config.data.on_long,
+            config.data.on_error,
             config.data.split,
+            SPLIT_BY,
             config.data.validation_fraction,
         ),
     )

@@ -31,6 +31,8 @@ class Message(NamedTuple):
 
     role: Role
     content: str
+    learned: bool = True
+    """Of an assistant's message in training: whether it is learned, or only read."""
 
 
 class Encoded(NamedTuple):
@@ -130,7 +132,9 @@ class ChatFormat:
         turns = [self._turn(said[:end], guards) for end in ends]
         token_ids, _, _ = turns[-1]
         learned, others = [False] * len(token_ids), []
-        for ids, start, stop in turns:
+        for end, (ids, start, stop) in zip(ends, turns, strict=True):
+            if not messages[end - 1].learned:
+                continue
             if token_ids[:stop] == ids[:stop]:
                 learned[start:stop] = [True] * (stop - start)
             else:
@@ -160,9 +164,9 @@ class ChatFormat:
 
     def _written(self, said: Sequence[Message], add_generation_prompt: bool) -> str:
         """What the template writes, if all that is said is in it, but for the thoughts of answers."""
-        text = self._render([message._asdict() for message in said], add_generation_prompt)
+        text = self._render([{"role": role, "content": content} for role, content, _ in said], add_generation_prompt)
         place = 0
-        for role, content in said:
+        for role, content, _ in said:
             content = content.strip()
             if role == "assistant" and text.find(content, place) < 0:
                 content = content.rpartition(END_OF_THOUGHT)[2].strip()
@@ -184,8 +188,8 @@ class ChatFormat:
         there = set().union(*(message.content for message in messages))
         opened, closed = itertools.islice((c for c in map(chr, range(0xE000, 0xF900)) if c not in there), 2)
         return [
-            Message(role, self._control.sub(lambda name: f"{opened}{name[0]}{closed}", content))
-            for role, content in messages
+            message._replace(content=self._control.sub(lambda name: f"{opened}{name[0]}{closed}", message.content))
+            for message in messages
         ], opened + closed
 
     def _ids(self, text: str, guards: str) -> list[int]:

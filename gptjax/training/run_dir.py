@@ -84,7 +84,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def writable(path: str | os.PathLike) -> Iterator[None]:
-    """A folder that was checked to be writable; a refusal leaves none behind that holds nothing.
+    """A folder that was checked to be writable; a refusal or an interruption leaves none behind that holds nothing.
 
     Raises:
         UserError: as `check_writable`.
@@ -92,7 +92,7 @@ def writable(path: str | os.PathLike) -> Iterator[None]:
     check_writable(path)
     try:
         yield
-    except UserError:
+    except BaseException:
         with contextlib.suppress(OSError):  # it holds something
             Path(path).rmdir()
         raise

@@ -2,112 +2,20 @@
 
 import gzip
 import json
+import random
 from collections import Counter
 
 import pytest
 
 from gptjax.config import DataConfig
-from gptjax.data.conversations import conversation_of, ranked_answers_of, read_items, split_items, task_of
-from gptjax.data.formats import Record
+from gptjax.data.conversations import laid_out, read_items, split_items
+from gptjax.data.forms import conversation_of
+from gptjax.data.records import Record
 from gptjax.errors import UserError
-from gptjax.text.chat import Message
-
-ASK, ANSWER = Message("user", "2+2?"), Message("assistant", "4")
 
 
 def record(values):
     return Record(values, "file.jsonl:7")
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "id": 3},
-        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
-        {"instruction": "2+2?", "input": "", "output": "4"},
-        {"instruction": "2+2?", "output": "4"},
-        {"prompt": "2+2?", "completion": "4"},
-        {"prompt": "2+2?", "completion": "4<|endoftext|>\n"},
-        {"prompt": [{"role": "user", "content": "2+2?"}], "completion": [{"role": "assistant", "content": "4"}]},
-        {"question": "2+2?", "answer": "4"},
-    ],
-    ids=lambda values: "+".join(values),
-)
-def test_forms_of_conversations(values):
-    assert conversation_of(record(values)).messages == (ASK, ANSWER)
-
-
-def test_alpaca_input_follows_its_instruction():
-    found = conversation_of(record({"instruction": "Sum up.", "input": "a b", "output": "c"}))
-    assert found.messages[0].content == "Sum up.\n\na b"
-
-
-@pytest.mark.parametrize(
-    ("values", "answers", "ranks"),
-    [
-        ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, ("4", "5"), (0, 1)),
-        ({"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"}, ("4", "5"), (0, 1)),
-        ({"prompt": "2+2?", "answers": ["4", "four", "5"]}, ("4", "four", "5"), (0, 1, 2)),
-        ({"prompt": "2+2?", "answers": ["5", "4", "IV"], "scores": [1, 7.5, 7.5]}, ("5", "4", "IV"), (1, 0, 0)),
-        (
-            {
-                "chosen": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}],
-                "rejected": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "5"}],
-            },
-            ("4", "5"),
-            (0, 1),
-        ),
-    ],
-)
-def test_forms_of_ranked_answers(values, answers, ranks):
-    found = ranked_answers_of(record(values))
-    assert (found.prompt, found.answers, found.ranks) == ((ASK,), answers, ranks)
-
-
-@pytest.mark.parametrize(
-    ("values", "answer"),
-    [
-        ({"question": "2+2?", "answer": "4"}, "4"),
-        ({"prompt": "2+2?"}, ""),
-        ({"messages": [{"role": "user", "content": "2+2?"}]}, ""),
-        ({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "4"),
-        ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "4"),
-    ],
-)
-def test_forms_of_tasks(values, answer):
-    found = task_of(record(values))
-    assert (found.prompt, found.answer) == ((ASK,), answer)
-
-
-@pytest.mark.parametrize(
-    ("of", "values", "expected"),
-    [
-        (conversation_of, {"text": "hi"}, "no conversation among the fields text"),
-        (conversation_of, {"messages": "hi"}, "field messages is str, not a list"),
-        (conversation_of, {"messages": []}, "not a list of messages, or has none"),
-        (conversation_of, {"messages": ["hi"]}, "message 1 of messages is str"),
-        (conversation_of, {"messages": [{"role": "tool", "content": "x"}]}, "by 'tool'; known are"),
-        (conversation_of, {"messages": [{"role": "user"}]}, "field value is missing"),
-        (conversation_of, {"prompt": "a", "completion": None}, "field completion is missing"),
-        (conversation_of, {"prompt": "a", "completion": "  "}, "answer 1 of the conversation is empty"),
-        (conversation_of, {"prompt": 3, "completion": "b"}, "field prompt is int, not a text"),
-        (
-            conversation_of,
-            {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
-            "message 2 .* roles alternate",
-        ),
-        (ranked_answers_of, {"prompt": "a", "chosen": "b", "rejected": "b"}, "all the same text"),
-        (ranked_answers_of, {"prompt": "a", "chosen": "b", "rejected": ""}, "a ranked answer is empty"),
-        (ranked_answers_of, {"prompt": "a", "answers": ["b", "c"], "scores": [1, 1]}, "ranked alike"),
-        (ranked_answers_of, {"prompt": "a", "answers": ["b", "c"], "scores": [1]}, "one number for each of 2"),
-        (ranked_answers_of, {"prompt": "a", "answers": ["b"]}, "two are the fewest"),
-        (ranked_answers_of, {"prompt": "a"}, "no ranked answers among the fields prompt"),
-        (task_of, {"text": "a"}, "no prompt among the fields text"),
-    ],
-)
-def test_what_is_none_is_refused_with_its_place(of, values, expected):
-    with pytest.raises(UserError, match=f"^file.jsonl:7: .*{expected}"):
-        of(record(values))
 
 
 def test_files_of_every_format(tmp_path):
@@ -143,14 +51,70 @@ def test_broken_records_stop_or_are_counted(tmp_path):
 
 
 def test_no_prompt_is_on_both_sides():
-    """Held out by hash of the prompt: two answers to one question never part."""
+    """Held out by hash of the first question: two answers to one question never part."""
     items = [conversation_of(record({"prompt": f"{i // 2}?", "completion": str(i)})) for i in range(400)]
-    train, held_out = split_items(items, DataConfig(validation_fraction=0.2))
+    notes = Counter()
+    train, held_out = split_items(items, DataConfig(validation_fraction=0.2), notes)
     prompts = [{item.messages[0] for item in side} for side in (train, held_out)]
     assert not prompts[0] & prompts[1]
     assert len(train) + len(held_out) == 400
     assert 40 < len(held_out) < 130
     few = items[:20]
-    assert split_items(few, DataConfig(validation_fraction=0.2))[1] == few[16:]
-    with pytest.raises(UserError, match="to hold out"):
-        split_items(items[:5], DataConfig(validation_fraction=0.05))
+    assert split_items(few, DataConfig(validation_fraction=0.2), notes)[1] == few[16:]
+    with pytest.raises(UserError, match="leaves none on one side"):
+        split_items(items[:5], DataConfig(validation_fraction=0.05), notes)
+    assert not notes
+
+
+@pytest.mark.parametrize("split", ["hash", "position"])
+def test_no_answer_that_is_learned_is_held_out(split):
+    """Longer conversations hold shorter ones, and a system message changes no answer."""
+    items = []
+    for i in range(200):
+        turns = [("user", f"question {i}"), ("assistant", f"answer {i}"), ("user", "and?"), ("assistant", f"more {i}")]
+        for system, end in ((), 2), ((), 4), ([("system", "Be brief.")], 2):
+            listed = [{"role": role, "content": content} for role, content in (*system, *turns[:end])]
+            items.append(conversation_of(record({"messages": listed})))
+    random.Random(0).shuffle(items)
+    sides = split_items(items, DataConfig(validation_fraction=0.1, split=split), Counter())
+    learned = [{m.content for item in side for m in item.messages if m.role == "assistant"} for side in sides]
+    assert all(sides)
+    assert not learned[0] & learned[1]
+
+
+def test_one_history_for_all_can_be_held_out_and_is_said():
+    items = [
+        conversation_of(record({"history": [["Rhyme.", "I shall."]], "instruction": f"{i}?", "output": str(i)}))
+        for i in range(200)
+    ]
+    notes = Counter()
+    train, held_out = split_items(items, DataConfig(validation_fraction=0.2), notes)
+    assert {item.messages[2] for item in train}.isdisjoint(item.messages[2] for item in held_out)
+    assert notes == {"that begin with a question of both sides": 200}
+
+
+def test_fields_that_are_not_used_are_counted(tmp_path):
+    """By name, wherever they lie in a record; what is null is no field."""
+    said = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b", "tool_calls": None}]
+    lines = [{"messages": said, "id": n, "source": "web"} for n in range(3)] + [{"prompt": "a", "completion": "b"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read_items(DataConfig(path=str(tmp_path / "a.jsonl")), conversation_of, skipped := Counter())
+    assert skipped == {"with id, messages.name, source, which are not used": 3}
+
+
+def test_what_cannot_be_laid_out_is_left_out_by_its_place():
+    """Whatever goes wrong in a template or a tokenizer, it is a record's fault, with its line, and can be skipped."""
+    items = [
+        conversation_of(Record({"prompt": text, "completion": "b"}, f"a.jsonl:{n}")) for n, text in enumerate("abc")
+    ]
+
+    def lay_out(item):
+        if item.messages[0].content == "b":
+            raise UserError("it cannot be encoded")
+        return item.messages[0].content
+
+    with pytest.raises(UserError, match=r"^a.jsonl:1: it cannot be encoded \(--data.on-error skip"):
+        laid_out(items, lay_out, DataConfig(), Counter())
+    kept = laid_out(items, lay_out, DataConfig(on_error="skip"), skipped := Counter())
+    assert [text for _, text in kept] == ["a", "c"]
+    assert skipped == {"records that cannot be laid out": 1}

@@ -2,13 +2,14 @@
 
 import gzip
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from gptjax.config import DataConfig, TokenizerConfig
-from gptjax.data import formats
+from gptjax.data import formats, records
 from gptjax.data.formats import Document, Problem, read
 from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
@@ -156,9 +157,10 @@ def test_a_bad_byte_far_into_a_long_text_is_named_before_any_of_it_is_given(tmp_
 @pytest.mark.parametrize("split", ["hash", "position"])
 def test_pieces_are_one_document(tmp_path, small_blocks, monkeypatch, split):
     """A document in pieces has one end, lies on one side of a split by hash, and has the tokens of the whole."""
+    (texts := tmp_path / "texts").mkdir()
     for i in range(12):
-        (tmp_path / f"{i:02}.txt").write_text(f"document {i} says:\n" + f"{i} is a number\n" * 30, encoding="utf-8")
-    data = DataConfig(path=(str(tmp_path),), split=split, validation_fraction=0.4, prepared_dir=str(tmp_path / "out"))
+        (texts / f"{i:02}.txt").write_text(f"document {i} says:\n" + f"{i} is a number\n" * 30, encoding="utf-8")
+    data = DataConfig(path=(str(texts),), split=split, validation_fraction=0.4, prepared_dir=str(tmp_path / "out"))
     in_pieces = prepare(data, TokenizerConfig(vocab_size=300), str(tmp_path / "out" / "a"), log=lambda line: None)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 2**20)
     whole = prepare(data, in_pieces.tokenizer, str(tmp_path / "out" / "b"), log=lambda line: None)
@@ -170,3 +172,69 @@ def test_pieces_are_one_document(tmp_path, small_blocks, monkeypatch, split):
     assert ends == 12 + (split == "position")  # which cuts one document in two
     if split == "position":  # the hash is of the first piece, so its sides differ from those of whole documents
         assert in_pieces.index.sources == whole.index.sources
+
+
+LAYOUTS = {
+    "a.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
+    "a.json": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
+    "a.ndjson": "\ufeff" + "\r\n\r\n".join(json.dumps({"text": text}) for text in TEXTS),
+    "array.json": json.dumps([{"text": text} for text in TEXTS]),
+    "array.jsonl": json.dumps([{"text": text} for text in TEXTS], indent=1),
+    "keyed.json": json.dumps({"version": "1.0", "data": [{"text": text} for text in TEXTS]}),
+    "keyed.jsonl": json.dumps({"rows": [{"text": text} for text in TEXTS]}, indent=2),
+}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_json_is_read_in_every_layout(tmp_path, name, suffix):
+    """One object a line, an array, an array under a key: whatever the file is called, it is no text with braces."""
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(COMPRESS[suffix](LAYOUTS[name].encode()))
+    assert texts(path) == TEXTS
+    found = list(records.read_records(path))
+    assert [record.values["text"] for record in found] == TEXTS
+    assert all(record.origin.startswith(f"{path}:") for record in found)
+
+
+def test_one_object_alone_is_one(tmp_path):
+    """A line, or spread over lines; an array of objects in it that is part of a record does not make it a container."""
+    for indent in (None, 1):
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps({"text": "one", "data": [1, 2], "spans": [{"start": 0}]}, indent=indent))
+        assert texts(path) == ["one"]
+    path.write_text(json.dumps({"train": [{"text": "one"}], "data": [{"text": "two"}]}))
+    (problem,) = read(path, "text", is_named=True)
+    assert "arrays of objects under data and train" in problem.message
+
+
+def test_numbers_of_any_length(tmp_path):
+    """Python's limit of 4,300 digits is no fault of a file."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "one", "id": {"9" * 5000}, "x": -{"1" * 5000}.5e7}}\n')
+    assert texts(path) == ["one"]
+
+
+def test_bytes_of_parquet_that_are_not_utf8(tmp_path):
+    """Many writers do not check: the row is named, and left out alone."""
+    raw = [f"row {i}".encode() for i in range(300)]
+    raw[40] = b"caf\xe9"
+    column = pyarrow.array(raw, pyarrow.binary()).view(pyarrow.string())
+    path = write_parquet(tmp_path / "a.parquet", column)
+    items = list(read(path, "text", is_named=True))
+    (problem,) = [item for item in items if isinstance(item, Problem)]
+    assert problem.message == f"{path}:41 is not UTF-8: byte 3 is 0xe9 of field 'text'"
+    assert [item.text for item in items if isinstance(item, Document)] == [f"row {i}" for i in range(300) if i != 40]
+    assert [item.origin for item in items[39:42:2]] == [f"{path}:40", f"{path}:42"]
+    assert sum(isinstance(item, records.Record) for item in records.read_records(path)) == 299
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.txt.gz"])
+def test_pipes_and_links_to_nothing_are_told(tmp_path, name):
+    """Nobody waits for a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / name)
+    (tmp_path / f"link-{name}").symlink_to(tmp_path / "gone")
+    for path, why in ((tmp_path / name, "a pipe or a device"), (tmp_path / f"link-{name}", "which does not exist")):
+        (problem,) = read(path, "text", is_named=True)
+        assert problem.is_file
+        assert why in problem.message

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import subprocess
@@ -42,7 +43,37 @@ def test_a_folder_gives_its_text_sorted_without_hidden_files(corpus):
     documents, skipped = read("corpus")
     assert [d.text for d in documents] == ["first\r\n", "second", "third = '中'", "fourth", "fifth"]
     assert [d.origin for d in documents][-1] == os.path.join("corpus", "sub", "lines.jsonl") + ":3"
-    assert skipped == {"empty files": 1}
+    assert skipped == {"empty files": 1, "files of other kinds": 1}
+
+
+def test_links_in_a_folder_are_followed_once(corpus, tmp_path):
+    """To files and to folders; not round in circles, and not twice to one folder. One to nothing is told or counted."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.txt").write_text("far away")
+    (tmp_path / "elsewhere" / "c4.json.gz").write_bytes(gzip.compress(b'{"text": "compressed"}\n'))
+    (corpus / "z").symlink_to(tmp_path / "elsewhere")
+    (corpus / "zz").symlink_to(tmp_path / "elsewhere")
+    (corpus / "sub" / "up").symlink_to(corpus)
+    (corpus / "linked.txt").symlink_to(tmp_path / "elsewhere" / "far.txt")
+    documents, _ = read("corpus")
+    assert sorted(d.text for d in documents)[:2] == ["compressed", "far away"]
+    assert len(documents) == 5 + 3
+    source_fingerprint(DataConfig(path=("corpus",)))
+    (corpus / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    for path in ("corpus", "corpus/*.txt"):
+        with pytest.raises(UserError, match=r"gone.txt cannot be read: it is a link to .*nowhere.txt, which does not"):
+            read(path)
+        assert read(path, on_error="skip")[1]["unreadable files"] == 1
+    before = source_fingerprint(DataConfig(path=("corpus",)))
+    (tmp_path / "nowhere.txt").write_text("here now")
+    assert source_fingerprint(DataConfig(path=("corpus",))) != before
+
+
+def test_a_pipe_is_called_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/null"):
+        with pytest.raises(UserError, match="is a pipe or a device, which gives its text only once"):
+            read(path)
 
 
 def test_entries_keep_their_order_and_may_be_files_or_globs(corpus):
@@ -136,7 +167,7 @@ def test_undecodable_bytes_stop_by_position_or_are_counted(corpus, mark):
         read("corpus")
     documents, skipped = read("corpus", on_error="skip")
     assert len(documents) == 4
-    assert skipped == {"undecodable files": 1, "empty files": 1}
+    assert skipped == {"undecodable files": 1, "empty files": 1, "files of other kinds": 1}
 
 
 def test_fingerprint_changes_with_files_and_settings_only(corpus):

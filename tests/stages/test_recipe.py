@@ -9,9 +9,9 @@ import pytest
 import train
 from gptjax.__main__ import main
 from gptjax.config import Config, ModelConfig
-from gptjax.data.conversations import conversation_of, ranked_answers_of
-from gptjax.data.formats import Record
+from gptjax.data.forms import conversation_of, ranked_answers_of
 from gptjax.data.made import CONVERSATIONS, PREFERENCES, made
+from gptjax.data.records import Record
 from gptjax.errors import UserError
 from gptjax.recipe import Recipe
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.data.conversations import Task
+from gptjax.data.forms import Task
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import find_reward
 from gptjax.evaluation.rewards import judge as judge_answers

@@ -11,7 +11,8 @@ import pytest
 
 import sample
 from gptjax.config import DataConfig
-from gptjax.data.conversations import read_items, task_of
+from gptjax.data.conversations import read_items
+from gptjax.data.forms import task_of
 from gptjax.errors import UserError
 from gptjax.evaluation.calibration import agreement
 from gptjax.sampling import terminal

@@ -66,7 +66,7 @@ def test_chatml_is_what_it_says():
     found = form.encode(TALK)
     expected = [
         i
-        for role, text in TALK
+        for role, text, _ in TALK
         for i in [START, *TOKENIZER.encode(role + "\n"), *TOKENIZER.encode(text), END, *TOKENIZER.encode("\n")]
     ]
     assert found.token_ids == expected
