@@ -51,6 +51,42 @@ def test_the_first_rows_show_what_is_learned(stage_config, talker):
     assert all(answer == "".join(sorted(answer)) for answer in answers)
 
 
+@pytest.mark.parametrize(
+    ("stage", "file"), [("sft", "talk"), ("reward", "ranked"), ("dpo", "ranked"), ("grpo", "talk")]
+)
+def test_what_the_tokenizer_cannot_encode_is_a_records_fault(lessons, stage_config, talker, tmp_path, stage, file):
+    """It stops the run by file and line, or is left out and counted, like what cannot be read."""
+    lines = (lessons / f"{file}.jsonl").read_text().splitlines()
+    lines.insert(2, json.dumps(json.loads(lines[0]) | {"prompt": "QQQ"}))
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))
+    sections = {
+        "model": {"init_from": str(talker)},
+        "data": {"path": (str(path),)},
+        "rl": {"reward": "number", "answer_tokens": 8},
+    }
+    with pytest.raises(UserError, match=r"data.jsonl:3: .*'Q'.* \(--data.on-error skip leaves such out\)$"):
+        first_rows(stage_config(stage, "x", **sections), log=lambda line: None)
+    sections["data"]["on_error"] = "skip"
+    first_rows(stage_config(stage, "x", **sections), log=(said := []).append)
+    assert any("1 records that cannot be laid out" in line for line in said)
+
+
+@pytest.mark.parametrize("reward", ["number", "exact"])
+def test_a_task_without_an_answer_is_not_judged_by_it(stage_config, talker, tmp_path, reward):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(n), "answer": None if n == 2 else n}) + "\n" for n in range(40)))
+    sections = {
+        "model": {"init_from": str(talker)},
+        "data": {"path": (str(path),)},
+        "rl": {"reward": reward, "answer_tokens": 8},
+    }
+    with pytest.raises(UserError, match=r"tasks.jsonl:3: there is no right answer to judge by; .*ground_truth"):
+        first_rows(stage_config("grpo", "x", **sections), log=lambda line: None)
+    sections["rl"]["reward"] = "json"
+    first_rows(stage_config("grpo", "x", **sections), log=lambda line: None)
+
+
 @pytest.fixture
 def form(talker):
     return layout_of_run(talker, load_run(talker).tokenizer)
