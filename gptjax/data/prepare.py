@@ -179,11 +179,13 @@ def _write_source(
     check_lossless: bool,
     advance: Callable[[int], None],
 ) -> SourceIndex:
+    skipped = Counter(source.skipped)
     with ExitStack() as stack:
         writers = {name: stack.enter_context(ShardWriter(folder, prefix + name, dtype)) for name in SPLITS}
-        write_parts(source.parts(), tokenizer, writers, check_lossless, advance)
+        can_skip = source.data.on_error == "skip"
+        write_parts(source.parts(), tokenizer, writers, check_lossless, advance, skipped if can_skip else None)
         splits = {name: writer.finish() for name, writer in writers.items()}
-    return SourceIndex(source.data.path, source.split.rule, source.split.reason, source.skipped, splits)
+    return SourceIndex(source.data.path, source.split.rule, source.split.reason, dict(skipped), splits)
 
 
 def write_parts(
@@ -192,6 +194,7 @@ def write_parts(
     writers: Mapping[SplitName, ShardWriter],
     check_lossless: bool = False,
     advance: Callable[[int], None] = lambda characters: None,
+    skipped: Counter[str] | None = None,
 ) -> None:
     """Encode documents on all cores, and write each to its split: what the tokenizer puts before a text (a BOS token,
     with some), the document, and an end-of-text token.
@@ -199,21 +202,46 @@ def write_parts(
     Args:
         check_lossless: compare what every text became with its bytes.
         advance: told the characters done so far, a batch at a time.
+        skipped: counts what cannot be encoded, which is left out then. None: it stops.
 
     Raises:
-        UserError: the tokenizer cannot encode the text, or has no token that ends it.
+        UserError: the tokenizer cannot encode a text, with its place, or has no token that ends it.
     """
     end, begins = tokenizer.require_end_of_text(), dict.fromkeys(writers, True)
     # Where every text gets a prefix, a cut would put one into the middle of a document.
     for batch in _batches(parts, MAX_PIECE_CHARACTERS if tokenizer.prefix else PIECE_CHARACTERS):
-        for piece, ids in zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True):
-            if check_lossless:
-                tokenizer.require_lossless(piece.text, ids)
+        for piece, ids in zip(batch, _encode(batch, tokenizer, check_lossless, skipped), strict=True):
             writer = writers[piece.split]
-            writer.write([*tokenizer.opening * begins[piece.split], *ids, *[end] * piece.last])
+            if ids is None and begins[piece.split] and piece.last:  # nothing is left of the document
+                continue
+            writer.write([*tokenizer.opening * begins[piece.split], *(ids or ()), *[end] * piece.last])
             begins[piece.split] = piece.last
             writer.count(documents=int(piece.last), utf8_bytes=len(piece.text.encode()))
         advance(sum(len(piece.text) for piece in batch))
+
+
+def _encode(
+    batch: Sequence[Part], tokenizer: Tokenizer, check_lossless: bool, skipped: Counter[str] | None
+) -> list[list[int] | None]:
+    """The ids of each piece; None for what cannot be encoded and is skipped."""
+
+    def checked(pieces: Sequence[Part]) -> list[list[int] | None]:
+        found = tokenizer.encode_batch([piece.text for piece in pieces])
+        if check_lossless:
+            for piece, ids in zip(pieces, found, strict=True):
+                tokenizer.require_lossless(piece.text, ids)
+        return found
+
+    try:
+        return checked(batch)
+    except UserError as error:
+        if len(batch) > 1:  # it is one of them
+            halves = batch[: len(batch) // 2], batch[len(batch) // 2 :]
+            return [ids for half in halves for ids in _encode(half, tokenizer, check_lossless, skipped)]
+        if skipped is None:
+            raise UserError(f"{batch[0].origin}: {error} (--data.on-error skip leaves such out)") from None
+        skipped["texts that cannot be encoded"] += 1
+        return [None]
 
 
 def _batches(parts: Iterable[Part], piece_characters: int) -> Iterator[list[Part]]:
@@ -223,7 +251,7 @@ def _batches(parts: Iterable[Part], piece_characters: int) -> Iterator[list[Part
         left = len(part.text)
         for text in split_text(part.text, piece_characters):
             left -= len(text)
-            batch.append(Part(part.split, text, part.last and left == 0))
+            batch.append(part._replace(text=text, last=part.last and left == 0))
             characters += len(text)
             if characters >= BATCH_CHARACTERS:
                 yield batch

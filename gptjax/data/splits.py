@@ -21,6 +21,8 @@ class Part(NamedTuple):
     text: str
     last: bool
     """Whether its document, or as much of it as this split has, ends here."""
+    origin: str = ""
+    """Where the document came from."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,16 @@ class Split:
             for document in documents:
                 if document.first:
                     side = "validation" if _is_held_out(document.text, self.validation_fraction) else "train"
-                yield Part(side, document.text, document.last)
+                yield Part(side, document.text, document.last, document.origin)
             return
         left = self.train_characters
         for document in documents:
             cut = min(left, len(document.text))
             left -= cut
             if cut:
-                yield Part("train", document.text[:cut], document.last or left == 0)
+                yield Part("train", document.text[:cut], document.last or left == 0, document.origin)
             if cut < len(document.text):
-                yield Part("validation", document.text[cut:], document.last)
+                yield Part("validation", document.text[cut:], document.last, document.origin)
 
 
 def choose_split(documents: Iterable[Document], data: DataConfig) -> Split:

@@ -18,7 +18,7 @@ from gptjax.data.shards import open_prepared
 from gptjax.errors import UserError
 from gptjax.text.tokenizer_training import train_tokenizer
 
-BYTE = TokenizerConfig(kind="byte")
+BYTE, CHAR = TokenizerConfig(kind="byte"), TokenizerConfig(kind="char")
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +311,25 @@ def test_a_tokenizer_file_is_used_as_it_is(many, working_folder):
     lower.save(str(working_folder / "lower.json"))
     with pytest.raises(UserError, match="cannot encode this text without loss: 'Document"):
         quietly(many, TokenizerConfig(path="lower.json"))
+
+
+@pytest.mark.parametrize("piece_characters", [2**16, 8])
+def test_texts_that_cannot_be_encoded_are_told_by_place_or_left_out(
+    many, working_folder, monkeypatch, piece_characters
+):
+    """Whole documents, or of long ones the piece; all else is what it is without them."""
+    monkeypatch.setattr(preparing, "PIECE_CHARACTERS", piece_characters)
+    known = train_tokenizer((path.read_text() for path in sorted((working_folder / "many").iterdir())), CHAR)
+    before, _ = quietly(many, known)
+    for name in ("005", "050x"):
+        (working_folder / "many" / f"{name}.txt").write_text("ß")
+    with pytest.raises(UserError, match=r"^many/005.txt: .*never seen 'ß'.* \(--data.on-error skip leaves such out\)$"):
+        quietly(many, known)
+    prepared, line = quietly(dataclasses.replace(many, on_error="skip"), known)
+    assert "skipped 2 texts that cannot be encoded" in line
+    for split in ("train", "validation"):
+        left = [text for text in documents_of(before, split) if not text.startswith("Document 5:")]
+        assert documents_of(prepared, split) == left
 
 
 def test_missing_text_is_asked_for():
