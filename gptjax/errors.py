@@ -1,5 +1,8 @@
 """The one exception that entry points turn into a line on stderr and exit status 2."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(Exception):
     """Something that the user gave does not fit, and the user can mend it.
@@ -7,3 +10,12 @@ class UserError(Exception):
     The message is one line: what, the values, and the nearest thing that works. It is no ValueError,
     so that no library that catches those (tyro does) can dress it up.
     """
+
+
+@contextlib.contextmanager
+def at(place: str, remedy: str = "") -> Iterator[None]:
+    """Puts a place before what is said to be wrong, and a way out behind it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}{remedy}") from None

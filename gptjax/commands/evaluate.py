@@ -105,7 +105,9 @@ def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
     model = run.config.model
     if parsed.batch_size < 1:
         raise UserError(f"--batch-size is {parsed.batch_size}, but must be at least 1")
-    documents = list(_documents(run, parsed))
+    documents = list(_documents(run, parsed, skipped := Counter()))
+    for reason, count in sorted(skipped.items()):
+        cli.print_to_stderr(f"skipped {count} {reason}")
     num_tokens = sum(len(document.token_ids) for document in documents)
     usual = min(run.config.sequence_length, model.context_length, max(1, num_tokens))
     length = usual if parsed.context_length is None else parsed.context_length
@@ -129,7 +131,7 @@ def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
     } | _as_dict(found)
 
 
-def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocument]":
+def _documents(run: "Run", parsed: EvaluateArguments, skipped: Counter[str]) -> "Iterator[TokenizedDocument]":
     from gptjax.data.prepare import prepare
     from gptjax.data.shards import INDEX_FILE
     from gptjax.data.sources import read_documents
@@ -145,7 +147,7 @@ def _documents(run: "Run", parsed: EvaluateArguments) -> "Iterator[TokenizedDocu
     prepared = not parsed.data or (Path(parsed.data[0]) / INDEX_FILE).is_file()
     if not prepared:
         data = DataConfig(path=parsed.data, text_field=parsed.text_field)
-        documents = read_documents(data, Counter(), text_field_option="--text-field", can_skip=False)
+        documents = read_documents(data, skipped, text_field_option="--text-field", can_skip=False)
         return tokenize(documents, run.tokenizer)
     data = dataclasses.replace(run.config.data, path=parsed.data, weights=()) if parsed.data else run.config.data
     tokenizer = run.tokenizer if run.config.tokenizer.path else run.config.tokenizer

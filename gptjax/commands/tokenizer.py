@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptjax import cli
 from gptjax.config import DataConfig, TokenizerConfig
-from gptjax.errors import UserError
+from gptjax.errors import UserError, at
 
 if TYPE_CHECKING:
     from gptjax.text.tokenizer import Tokenizer
@@ -186,8 +186,9 @@ def _compression(tokenizer: "Tokenizer", data: DataConfig, megabytes: float, **o
     for path in data.path:
         num_bytes = num_tokens = num_characters = 0
         for document in read_documents(dataclasses.replace(data, path=(path,)), Counter(), **options):
-            ids = tokenizer.encode(document.text)
-            tokenizer.require_lossless(document.text, ids)
+            with at(document.origin):
+                ids = tokenizer.encode(document.text)
+                tokenizer.require_lossless(document.text, ids)
             num_tokens += len(ids)
             num_characters += len(document.text)
             num_bytes += len(document.text.encode())

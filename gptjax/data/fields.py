@@ -1,11 +1,10 @@
 """The fields of a record: which of them hold something, which were read, and the texts and messages in them."""
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gptjax.data.formats import SURROGATE
-from gptjax.errors import UserError
+from gptjax.errors import UserError, at
 from gptjax.text.chat import Message
 
 _ROLE_OF = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
@@ -47,15 +46,6 @@ class Fields(Mapping[str, Any]):
         """The names of those that nobody has read."""
         names = {f"{self._within}{name}" for name in self._values}
         return (names - self._used).union(*(fields.unused() for fields in self._inner))
-
-
-@contextlib.contextmanager
-def at(origin: str) -> Iterator[None]:
-    """Puts the place of a record before what is wrong with it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{origin}: {error}") from None
 
 
 def first(names: Sequence[str], values: Fields) -> str | None:

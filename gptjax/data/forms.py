@@ -24,9 +24,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from gptjax.data.fields import Fields, at, first, messages_of, text_of
+from gptjax.data.fields import Fields, first, messages_of, text_of
 from gptjax.data.records import Record
-from gptjax.errors import UserError
+from gptjax.errors import UserError, at
 from gptjax.text.chat import Message, check
 from gptjax.text.tokenizer import END_OF_TEXT_NAMES
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.data.formats import Document
-from gptjax.errors import UserError
+from gptjax.errors import UserError, at
 from gptjax.evaluation.perplexity import Perplexity
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
@@ -82,12 +82,13 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
     """Documents, long ones from their pieces, as tokens.
 
     Raises:
-        UserError: the tokenizer cannot encode a text without loss.
+        UserError: the tokenizer cannot encode a text without loss, with its place.
     """
     ids, num_bytes = [], 0
     for document in documents:
-        piece = tokenizer.encode(document.text)
-        tokenizer.require_lossless(document.text, piece)
+        with at(document.origin):
+            piece = tokenizer.encode(document.text)
+            tokenizer.require_lossless(document.text, piece)
         ids.extend(piece)
         num_bytes += len(document.text.encode())
         if document.last:
