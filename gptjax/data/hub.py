@@ -10,7 +10,8 @@ from typing import NamedTuple
 from gptjax.errors import UserError
 
 SCHEME = "hf://"
-DEFAULT_GLOBS = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst")
+JSON_LINES = ("jsonl", "jsonl.gz", "jsonl.zst", "ndjson", "ndjson.gz", "json.gz", "json.zst")
+DEFAULT_GLOBS = ("*.parquet", *(f"*.{suffix}" for suffix in JSON_LINES))
 """What is read where no glob is given. Other text, such as a README, is most often about the data."""
 
 
