@@ -53,7 +53,7 @@ def check(name: str) -> dict[str, Any]:
     calls = training_calls(config.model, documents=False, context=1)
     kernel = choose(next(iter(calls.values())), this_machine())
     plan = make_plan(config, Device("cpu", (), None, None, None), quadratic=kernel == "xla")
-    compiled = compile_step(plan.model, OptimizerConfig(), config.training, plan.mesh)
+    compiled = compile_step(plan.model, OptimizerConfig(), config.training, plan.mesh).memory()
     total, found = plan.memory.total, compiled["total_bytes"]
     return {
         "case": name,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptjax import cli
+from gptjax.commands.plan_compiled import compile_plan, show_compiled
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.devices import Device, named
@@ -46,7 +47,9 @@ class PlanArguments(Config):
     mfu: float = EFFICIENCY
     """Share of the peak that a step is assumed to reach."""
     compile: bool = False
-    """Compile the step for as many fake devices, and say what XLA plans of memory."""
+    """Compile the step for the device, which need not be here: memory, kernels, and the time to expect."""
+    hlo: str | None = None
+    """File for the compiled program's text (optimized HLO), with --compile."""
     json: str | None = None
     """File for everything as one JSON object; - is standard output. None: tables."""
 
@@ -75,6 +78,9 @@ def main(arguments: Sequence[str]) -> int:
         description=f"{main.__doc__} Defaults are those of {target}.",
     )
     cli.check_output("--json", parsed.json)
+    if parsed.hlo is not None and not parsed.compile:
+        raise UserError(f"--hlo {parsed.hlo} is for the compiled program: add --compile")
+    cli.check_output("--hlo", parsed.hlo)
     options = {name: value for name, value in cli.fields_of(parsed).items() if name not in cli.fields_of(config)}
     config = Config(**{name: value for name, value in cli.fields_of(parsed).items() if name not in options})
     described = (parsed.peak_tflops, parsed.memory_gb, parsed.bandwidth)
@@ -92,10 +98,10 @@ def main(arguments: Sequence[str]) -> int:
         resamples=resamples,
         quadratic=config.model.attention_kernel == "xla",
     )
-    compiled = _compile(config, plan) if parsed.compile else None
+    compiled = compile_plan(config, plan, device, parsed.hlo) if parsed.compile else None
     if parsed.json is not None:
         with cli.open_output(parsed.json) as output:
-            print(json.dumps(_as_json(plan) | {"compiled": compiled}), file=output)
+            print(json.dumps(_as_json(plan) | (compiled or {}) | {"compiled": compiled}), file=output)
     if parsed.json != "-":
         if target.name.startswith("depth") and not target.exists():
             from gptjax.scaling.depth import explain
@@ -103,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
             print("\n".join(explain(config)))
         show(plan)
         if compiled is not None:
-            _show_compiled(plan, compiled)
+            show_compiled(plan, device, compiled)
     return 0
 
 
@@ -126,17 +132,6 @@ def _fitted(path: str) -> tuple[tuple[LossLaw, ...], tuple[LossLaw, ...]]:
         return (law,), tuple(LossLaw(*row, **known, **ranges) for row in card["resamples"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no JSON of `python -m gptjax fit --json`: {error}") from error
-
-
-def _compile(config: Config, plan: Plan) -> dict[str, Any]:
-    from gptjax.parallel import platform
-
-    platform.configure()
-    platform.pretend_devices(plan.count)
-
-    from gptjax.scaling.compiled import compile_step
-
-    return compile_step(plan.model, config.optimizer, config.training, plan.mesh)
 
 
 def show(plan: Plan) -> None:
@@ -250,15 +245,6 @@ def measured_mfu(device: Device) -> list[str]:
                 shape = f"{Path(row['config']).stem}, batch {row['batch_size']}, context {row['context_length']:,}"
                 best[shape] = max(best.get(shape, 0.0), row["mfu"])
     return [f"MFU {mfu:.1%} ({shape})" for shape, mfu in best.items()]
-
-
-def _show_compiled(plan: Plan, compiled: dict[str, Any]) -> None:
-    total = compiled["total_bytes"]
-    print(
-        f"compiled in {compiled['compile_seconds']:.0f} s: XLA's CPU backend plans {total / 1e9:.4g} GB a device, "
-        f"{compiled['argument_bytes'] / 1e9:.4g} of it parameters, optimizer and batch; the estimate above is "
-        f"{plan.memory.total / 1e9:.4g} ({100 * (plan.memory.total / total - 1):+.0f} %)"
-    )
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:

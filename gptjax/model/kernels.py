@@ -17,6 +17,7 @@ import jax
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.model.blockwise import blockwise_attention
+from gptjax.model.devices import of_kind
 from gptjax.model.xla_attention import xla_attention
 from gptjax.parallel.precision import compute_dtype
 
@@ -55,12 +56,21 @@ class Call(NamedTuple):
 
 
 def this_machine() -> Machine:
-    """That of the device on which JAX runs what is told nothing else."""
+    """That of the mesh that is set, whose devices need not be here; else of the device on which JAX runs what is told
+    nothing else."""
+    absent = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if absent is not None and absent.platform != jax.default_backend():
+        known = of_kind(absent.device_kind)
+        return Machine(absent.platform, absent.device_kind, known.capability if known else None, _has_tokamax())
     default = jax.config.jax_default_device
     device = jax.local_devices(backend=default)[0] if isinstance(default, str) else default or jax.local_devices()[0]
     version = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))  # AMD's is gfx942 or so
     capability = (int(version[1]), int(version[2])) if version else None
-    return Machine(device.platform, device.device_kind, capability, importlib.util.find_spec("tokamax") is not None)
+    return Machine(device.platform, device.device_kind, capability, _has_tokamax())
+
+
+def _has_tokamax() -> bool:
+    return importlib.util.find_spec("tokamax") is not None
 
 
 def choose(call: Call, machine: Machine, kernel: str = "auto") -> str:

@@ -1,17 +1,16 @@
 """A training step compiled without arrays: what XLA plans of memory, and what it sends."""
 
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from gptjax.model.accounting import parameter_counts
 from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
-from gptjax.parallel.collectives import bytes_by_kind
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parametrization import multipliers
 from gptjax.training.losses import language_model_loss
@@ -20,20 +19,39 @@ from gptjax.training.state import abstract_state
 from gptjax.training.step import make_train_step
 
 
+class Compiled(NamedTuple):
+    """A program and what compiling it took."""
+
+    program: jax.stages.Compiled
+    seconds: float
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that XLA plans per device: `argument_bytes` (parameters, optimizer state, batch; updated in place),
+        `temporary_bytes` (the rest), `total_bytes`."""
+        plan = self.program.memory_analysis()
+        kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return {
+            "argument_bytes": plan.argument_size_in_bytes,
+            "temporary_bytes": plan.temp_size_in_bytes,
+            "total_bytes": int(kept + plan.temp_size_in_bytes),
+        }
+
+
 def compile_step(
-    model_config: ModelConfig, optimizer_config: OptimizerConfig, training: TrainingConfig, mesh: MeshConfig
-) -> dict[str, Any]:
+    model_config: ModelConfig,
+    optimizer_config: OptimizerConfig,
+    training: TrainingConfig,
+    mesh: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,
+) -> Compiled:
     """Compile the program that train.py runs, one step of it, with abstract parameters.
 
     Args:
         model_config: with vocabulary and type.
-        mesh: without open axes; as many devices as their product must be there, fake ones do.
-
-    Returns:
-        Bytes that XLA plans per device: `argument_bytes` (parameters, optimizer state, batch; updated in place),
-        `temporary_bytes` (the rest), `total_bytes`; `collective_bytes` by kind; `compile_seconds`.
+        mesh: without open axes.
+        devices: as many as the product of the axes; None: JAX's own. They need not be here (`parallel.absent`).
     """
-    with jax.set_mesh(make_mesh(mesh)):
+    with jax.set_mesh(make_mesh(mesh, devices)):
         model, optimizer = GPT(model_config), make_optimizer(optimizer_config, multipliers(model_config))
         K, B, T = 1, training.resolved_micro_batch_size, training.resolved_sequence_length(model_config)
         A = training.batch_size // B
@@ -44,14 +62,4 @@ def compile_step(
         start = time.perf_counter()
         arguments = (batch, np.full(K, A, np.int32), np.ones(K, np.float32), K)
         program = step.lower(abstract_state(model, optimizer), *arguments).compile()
-        seconds = time.perf_counter() - start
-    plan = program.memory_analysis()
-    kept = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return {
-        "parameters": parameter_counts(model_config)["total"],
-        "argument_bytes": plan.argument_size_in_bytes,
-        "temporary_bytes": plan.temp_size_in_bytes,
-        "total_bytes": int(kept + plan.temp_size_in_bytes),
-        "collective_bytes": dict(bytes_by_kind(program.as_text())),
-        "compile_seconds": seconds,
-    }
+        return Compiled(program, time.perf_counter() - start)

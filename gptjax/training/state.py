@@ -76,7 +76,7 @@ def abstract_state(model: GPT, optimizer: optax.GradientTransformation) -> Train
 
 def abstract(draw: Callable[[jax.Array], Any]) -> Any:
     """The same of whatever a function makes of a random key."""
-    return _concrete(jax.eval_shape(draw, jax.random.key(0)))
+    return _concrete(jax.eval_shape(lambda: draw(jax.random.key(0))))  # no key on devices that may not be here
 
 
 def _new_state(model: GPT, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
