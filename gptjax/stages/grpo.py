@@ -13,7 +13,7 @@ from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT
 from gptjax.parametrization import multipliers
-from gptjax.stages import callbacks, rl, start
+from gptjax.stages import callbacks, iterations, rl, start
 from gptjax.stages.judges import token_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import weights_of
@@ -22,7 +22,7 @@ from gptjax.training.optimizer import make_optimizer
 from gptjax.training.policy_losses import group_advantages, policy_loss
 from gptjax.training.state import TrainState
 
-configure, load_data, example_rows = rl.configure, rl.load_data, rl.example_rows
+configure, load_data, example_rows = iterations.configure, rl.load_data, rl.example_rows
 
 
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:

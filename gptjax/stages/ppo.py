@@ -20,7 +20,7 @@ from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, Params
 from gptjax.parametrization import multipliers
-from gptjax.stages import callbacks, pretrain, rl, start
+from gptjax.stages import callbacks, iterations, pretrain, rl, start
 from gptjax.stages.judges import token_judge, value_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import Weights, weights_of
@@ -36,7 +36,7 @@ load_data, example_rows = rl.load_data, rl.example_rows
 
 
 def configure(config: Config) -> Config:
-    """As `rl.configure`.
+    """As `iterations.configure`.
 
     Raises:
         UserError: as there; or there is no run to start from.
@@ -45,7 +45,7 @@ def configure(config: Config) -> Config:
         raise UserError("PPO holds the policy to the run it starts from: give --model.init-from RUN")
     if not config.optimizer.peak_learning_rate:
         raise UserError("optimizer.peak_learning_rate is 0; ppo.value_learning_rate is reached as a multiple of it")
-    return rl.configure(config)
+    return iterations.configure(config)
 
 
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:

@@ -14,7 +14,6 @@ from gptjax.errors import UserError
 from gptjax.evaluation.rewards import find_reward
 from gptjax.evaluation.rewards import judge as judge_answers
 from gptjax.stages import rl
-from gptjax.stages.rl import configure
 from gptjax.stages.train import train
 from gptjax.text.chat import Message
 from gptjax.training import losses
@@ -268,34 +267,6 @@ def test_what_a_reward_does_wrong_names_the_prompt(tmp_path):
     ):
         with pytest.raises(UserError, match=expected):
             find_reward(name)
-
-
-def test_an_iteration_is_a_dispatch(config):
-    made = configure(
-        config(
-            "grpo",
-            "x",
-            rl={"answers": 64, "inner_epochs": 2},
-            training={"steps": 20, "eval_every_steps": 3, "log_every_steps": 9},
-            checkpoint={"every_steps": 0},
-        )
-    )
-    training = made.training
-    assert (training.steps_per_dispatch, training.steps, training.log_every_steps) == (8, 24, 16)
-    assert (training.eval_every_steps, made.checkpoint.every_steps) == (8, 0)
-    assert configure(made) == made
-    for field, value, expected in (
-        ("answers", 40, "rl.answers 40 is not a multiple of training.batch_size 16; the nearest is 32"),
-        ("answers", 16 * 3, None),
-    ):
-        changed = config("grpo", "x", rl={field: value})
-        if expected:
-            with pytest.raises(UserError, match=expected):
-                configure(changed)
-        else:
-            configure(changed)
-    with pytest.raises(UserError, match="the size of a group 5; the nearest is 30"):
-        configure(config("grpo", "x", grpo={"group_size": 5}))
 
 
 @pytest.mark.parametrize(
