@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.parallel import sharding
+from gptjax.parallel.precision import precision
 from gptjax.tuning_config import LoraConfig
 
 PARTS = {"attention": ("q", "k", "v", "out"), "feed_forward": ("gate", "up", "down")}
@@ -71,7 +72,7 @@ def merge(params: Any) -> Any:
     def merged(leaf: Any) -> Any:
         if not isinstance(leaf, Lora):
             return leaf
-        product = jnp.einsum("ldr,lrf->ldf", leaf.a, leaf.b, out_sharding=_layout(leaf.w))
+        product = jnp.einsum("ldr,lrf->ldf", leaf.a, leaf.b, precision=precision(leaf.a), out_sharding=_layout(leaf.w))
         return leaf.w + product
 
     return jax.tree.map(merged, params, is_leaf=lambda leaf: isinstance(leaf, Lora))

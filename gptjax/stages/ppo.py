@@ -20,7 +20,7 @@ from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, Params
 from gptjax.parametrization import multipliers
-from gptjax.stages import callbacks, pretrain, rl, start
+from gptjax.stages import callbacks, iterations, pretrain, rl, start
 from gptjax.stages.judges import token_judge, value_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import Weights, weights_of
@@ -36,7 +36,7 @@ load_data, example_rows = rl.load_data, rl.example_rows
 
 
 def configure(config: Config) -> Config:
-    """As `rl.configure`.
+    """As `iterations.configure`.
 
     Raises:
         UserError: as there; or there is no run to start from.
@@ -45,7 +45,7 @@ def configure(config: Config) -> Config:
         raise UserError("PPO holds the policy to the run it starts from: give --model.init-from RUN")
     if not config.optimizer.peak_learning_rate:
         raise UserError("optimizer.peak_learning_rate is 0; ppo.value_learning_rate is reached as a multiple of it")
-    return rl.configure(config)
+    return iterations.configure(config)
 
 
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:
@@ -82,13 +82,16 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
             "reference_logprobs": reference_BT,
             "old_values": values_BT,
             "returns": returns_BT.astype(np.float32),
-            "kl": over_BT.sum(axis=1).astype(np.float32),
         }
+        kl = float(over_BT.sum(axis=1).mean())
+        if ppo.kl_target:
+            after = adapted_coefficient(coefficient, kl, ppo.kl_target, len(last_B), ppo.kl_horizon_answers)
+            rows["next_kl_coefficient"] = np.full(len(last_B), after, np.float32)
         if text is not None:
             rows["pretraining"] = text(iteration)
         explained = 1 - (returns_BT - values_BT)[mask_BT].var() / (returns_BT[mask_BT].var() + 1e-8)
         return rows, {
-            "kl": float(over_BT.sum(axis=1).mean()),
+            "kl": kl,
             "kl_coefficient": coefficient,
             "explained_variance": float(explained),
         }
@@ -96,11 +99,8 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
     def after(extra: dict, params: Params, means: Metrics) -> dict:
         """The penalty's weight and the average of the policy after a step."""
         extra = dict(extra)
-        if ppo.kl_target:
-            horizon = ppo.kl_horizon_answers / config.training.batch_size
-            extra["kl_coefficient"] = adapted_coefficient(
-                extra["kl_coefficient"], means["kl_answer"], ppo.kl_target, horizon
-            )
+        if ppo.kl_target:  # the same in every step of an iteration, of which one may be skipped
+            extra["kl_coefficient"] = means["next_kl_coefficient"]
         if ppo.ema_decay:
             extra["average"] = jax.tree.map(
                 lambda a, p: ppo.ema_decay * a + (1 - ppo.ema_decay) * p, extra["average"], params["policy"]
@@ -157,7 +157,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
 
 
 def _joined(loss: Loss, policy: Weights, value: Weights) -> Loss:
-    """The loss of what is trained; it says also how far whole answers are from the reference."""
+    """The loss of what is trained; it hands on what the penalty weighs after the iteration."""
 
     def joined(params: Params, batch: Batch, dropout_key: jax.Array | None):
         if policy.frozen is not None:
@@ -167,7 +167,9 @@ def _joined(loss: Loss, policy: Weights, value: Weights) -> Loss:
                 "critic": value.join(trained["critic"], frozen["critic"]),
             }
         total, sums = loss(params, batch, dropout_key)
-        return total, sums | {"kl_answer": batch["kl"].mean() * sums["weight"]}
+        if "next_kl_coefficient" in batch:
+            sums = sums | {"next_kl_coefficient": batch["next_kl_coefficient"].mean() * sums["weight"]}
+        return total, sums
 
     return joined
 

@@ -220,7 +220,7 @@ def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: in
     return {name: laid_out(values) for name, values in rows.items()}, counts_K, rates_K, progress
 
 
-_KNOWN = ("loss", "grad_norm", "weight", "skipped", "skipped_in_a_row", "kl_answer")
+_KNOWN = ("loss", "grad_norm", "weight", "skipped", "skipped_in_a_row", "next_kl_coefficient")
 """Metrics that are reported otherwise or not at all; the others have the names that their stage gives them."""
 
 

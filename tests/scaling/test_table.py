@@ -139,12 +139,33 @@ def isoflop(budgets=(1e18, 1e19, 1e20)):
 def test_parabolas_find_the_frontier():
     valleys = isoflop_valleys(isoflop())
     assert [len(valley.x) for valley in valleys] == [5, 5, 5]
-    law = frontier_of(valleys)
+    law, tokens = frontier_of(valleys)
+    assert tokens(1e19) == pytest.approx(1.02 * 1e19 / 6 / law(1e19), rel=0.03)
     assert law.exponents[0] == pytest.approx(EPOCH.frontier_exponent, abs=0.002)
     assert law(1e19) == pytest.approx(EPOCH.compute_optimal(1e19)[0], rel=0.1)
     # A frontier needs minima that lie inside what was tried.
     falling = rows([1, 2, 4], [4, 2, 1], [3.0, 2.0, 1.5])
     assert [valley.best for valley in isoflop_valleys(falling)] == [None]
+
+
+@pytest.mark.parametrize("edge", [0, -1])
+def test_other_seeds_of_the_best_size_do_not_move_it_inside(edge):
+    """The edge is a size: of its runs the best need not be the first or the last of the table."""
+    N, loss = np.array([1.0, 2, 4, 8]), np.array([3.0, 3.005, 3.02, 3.06])[:: 1 if edge == 0 else -1]
+    for worse in (0.004, 0.0, -0.004):
+        again_N, again = [*N, N[edge]], [*loss, loss[edge] + worse]
+        table = rows(again_N, [8 / n for n in again_N], again)
+        assert [valley.best for valley in isoflop_valleys(table)] == [None]
+
+
+def test_tokens_of_the_frontier_are_those_of_the_runs():
+    """A study's FLOPs are more than 6 N D, for they have attention and head; then no tokens are C / (6 N)."""
+    table = isoflop()
+    table.more["flops"][:] = 1.5 * 6 * table.parameters_P * table.tokens_P
+    found = examine(table, resamples=0)
+    C = float(table.more["flops"][5])
+    (at,) = next(row["optima"] for row in frontiers(found, [C]) if row["name"] == "isoFLOP parabolas")
+    assert 1.5 * 6 * at["parameters"] * at["tokens"] == pytest.approx(C, rel=1e-3)
 
 
 def test_the_best_rate_and_its_law():
