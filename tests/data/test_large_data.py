@@ -1,5 +1,6 @@
 """A trillion tokens, in files that take no disk: what is held does not grow with the data."""
 
+import itertools
 import sys
 import tracemalloc
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from gptjax.data.shards import (
     open_prepared,
 )
 from gptjax.errors import UserError
+from gptjax.evaluation import documents
+from gptjax.evaluation.documents import split_documents
 from gptjax.text.tokenizer_training import train_tokenizer
 
 SHARDS = {"train": 7078, "validation": 373}
@@ -157,6 +160,24 @@ def test_evaluation_lists_no_rows(prepared, limit, few_bytes):
     numbers = np.concatenate([next(batches)[0][:, 0] for _ in range(2)])
     count = limit or len(rows)
     assert numbers.tolist() == [number * len(rows) // count for number in range(8)]
+
+
+def test_the_documents_of_a_split_come_one_by_one(prepared, few_bytes, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_TOKENS", 2**15)
+    end = prepared.tokenizer.require_end_of_text()
+
+    class Periodic:
+        def __len__(self) -> int:
+            return 10**12
+
+        def __getitem__(self, key: slice) -> np.ndarray:
+            places = np.arange(*key.indices(len(self)))
+            return np.where(places % 1000 == 999, end, end + 1).astype("<u2")
+
+    found = [*itertools.islice(split_documents(Periodic(), prepared.tokenizer), 3)]
+    assert [(document.origin, len(document.token_ids)) for document in found] == [
+        (f"document {number}", 999) for number in (1, 2, 3)
+    ]
 
 
 def test_a_shard_that_goes_while_it_is_used_is_named(folder, prepared):
