@@ -1,5 +1,6 @@
 """Rows of tokens in training order and in file order. Legend: B batch, T tokens."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -170,10 +171,10 @@ class RowStream:
         self._iterator.close()
 
 
-def evenly_spaced(total: int, limit: int) -> list[int]:
+def evenly_spaced(total: int, limit: int) -> Iterator[int]:
     """Numbers of `limit` (0: all) of so many rows, in order."""
     count = min(limit, total) if limit else total
-    return [number * total // count for number in range(count)]
+    return (number * total // count for number in range(count))
 
 
 def evaluation_rows(rows: Rows, batch_size: int, limit: int, share: Share | None = None) -> Iterator[tuple[Any, int]]:
@@ -186,7 +187,6 @@ def evaluation_rows(rows: Rows, batch_size: int, limit: int, share: Share | None
     """
     mine = range(batch_size) if share is None else share.rows
     chosen = evenly_spaced(len(rows), limit)
-    for start in range(0, len(chosen), batch_size):
-        batch = chosen[start : start + batch_size]
+    while batch := [*itertools.islice(chosen, batch_size)]:
         filled = batch + batch[-1:] * (batch_size - len(batch))
         yield stack([rows[filled[number]] for number in mine]), len(batch)

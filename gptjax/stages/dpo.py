@@ -155,4 +155,4 @@ def _log_probabilities(config: Config, params: Params, rows: _Pairs, limit: int)
             put = {name: sharding.put_batch(batch[name], batch_size, lead=0) for name in ("tokens", "loss_mask")}
             yield np.asarray(judge(params, put))[:count]
 
-    return np.concatenate([*batches()]), evenly_spaced(len(rows), limit)
+    return np.concatenate([*batches()]), [*evenly_spaced(len(rows), limit)]
