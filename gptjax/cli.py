@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from gptjax.config import Config
-from gptjax.config_files import load_config
+from gptjax.config_files import load_config, opened
 from gptjax.errors import UserError
 from gptjax.parallel.launch import DistributedConfig
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
@@ -158,7 +158,7 @@ def starting_point(arguments: Sequence[str], default: Path) -> tuple[Config, Pat
         return load_config(target), target, arguments
     if not (target / "config.json").is_file():
         raise UserError(f"{target} is a folder without config.json, so no run; give a run or a configuration file")
-    config = load_config(target / "config.json")
+    config = opened(load_config(target / "config.json"))
     # Devices may have changed since, so the mesh is fitted to them again.
     mesh = dataclasses.replace(config.mesh, data=None)
     return dataclasses.replace(config, run_dir=str(target), mesh=mesh), target, arguments
