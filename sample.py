@@ -107,4 +107,4 @@ def show(pieces: Iterator[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    cli.run_command(main, ends_with_reader=True)

@@ -1,6 +1,7 @@
 """A run of any stage, from its configuration to its summary: what stages share around step, loop and checkpoints."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -80,7 +81,7 @@ def train(
             with distributed.together():
                 config = resume.merge_with_saved(config, directory, accept_changes, console)
             summary = read_summary(directory)
-            if summary and summary["stopped"] == "finished" and summary["step"] >= (config.training.steps or 0):
+            if summary and summary["stopped"] == "finished" and summary["step"] >= (config.training.steps or math.inf):
                 console.message(f"{directory} is finished: {summary['step']} steps")
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
