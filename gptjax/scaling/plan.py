@@ -26,6 +26,7 @@ from gptjax.model.devices import Device
 from gptjax.resolve import default_compute_dtype, resolve_mesh
 from gptjax.scaling.laws import CHINCHILLA, EPOCH, MUENNIGHOFF, LossLaw, counted_parameters
 from gptjax.scaling.study import with_vocabulary
+from gptjax.training.schedule import final_progress
 
 Remat = Literal["none", "save_dots", "save_attention", "full"]
 """From what recomputes nothing to what recomputes most."""
@@ -164,7 +165,7 @@ def make_plan(
     require(
         training.steps is not None, "the steps follow from the data's rows: give --training.steps to plan without it"
     )
-    tokens = training.steps * batch_tokens
+    tokens = final_progress(training, T).tokens
     seconds = None if rate is None else tokens / rate
     device_hours = None if seconds is None else seconds / 3600 * count
     N = float(counted_parameters(model, laws[0].counts))
