@@ -22,6 +22,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.resolve": 0,
     "gptjax.parametrization": 0,
     "gptjax.model.accounting": 0,  # arithmetic on a configuration
+    "gptjax.model.workload": 0,
     "gptjax.model.devices": 0,
     "gptjax.sampling.config": 0,
     "gptjax.text": 1,
@@ -64,7 +65,7 @@ STANDARD_LIBRARY_ONLY = (
         "gptjax.presets",
         "gptjax.sampling.config",
     ),
-    *("gptjax.resolve", "gptjax.model.accounting", "gptjax.parametrization"),
+    *("gptjax.resolve", "gptjax.model.accounting", "gptjax.model.workload", "gptjax.parametrization"),
     *("gptjax.model.devices", "gptjax.scaling.laws", "gptjax.scaling.study", "gptjax.scaling.plan"),
     *("gptjax.scaling.depth", "gptjax.training.schedule"),
 )

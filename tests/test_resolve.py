@@ -14,7 +14,15 @@ from gptjax.resolve import evaluation_sequences, refit_mesh, require_fits, resol
 
 CPUS = [SimpleNamespace(platform="cpu")] * 8
 TOKENIZER = SimpleNamespace(vocab_size=300)
+ONE = MeshConfig(data=1, fsdp=1, tensor=1)
 SMALL = {"model_dim": 32, "num_heads": 4, "vocab_size": 300}
+
+
+def of(model, batch_size, mesh=None, *, optimizer=None, **training):
+    """A configuration to judge."""
+    training = TrainingConfig(batch_size=batch_size, **training)
+    optimizer = optimizer or OptimizerConfig()
+    return Config(model=model, mesh=mesh or MeshConfig(), optimizer=optimizer, training=training)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +47,7 @@ def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):
     """Which dimension, which axis, and what would divide."""
     training = TrainingConfig(**(batch | {"batch_size": 8} if isinstance(batch, dict) else {"batch_size": batch}))
     with pytest.raises(UserError) as error:
-        resolve_mesh(mesh, 8, ModelConfig(**SMALL | model), training)
+        resolve_mesh(Config(mesh=mesh, model=ModelConfig(**SMALL | model), training=training), 8)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -55,7 +63,7 @@ def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):
 )
 def test_open_axes_make_up_the_devices(asked, expected):
     """Where the memory of a device is unknown, as on a CPU, nothing is split that was not asked for."""
-    mesh, reason = resolve_mesh(MeshConfig(**asked), 8, ModelConfig(**SMALL), TrainingConfig(batch_size=8))
+    mesh, reason = resolve_mesh(of(ModelConfig(**SMALL), 8, MeshConfig(**asked)), 8)
     assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == expected
     assert "unknown" in reason
 
@@ -75,7 +83,7 @@ def test_the_least_is_split_that_fits_half_of_the_memory(size, devices, memory, 
     """16 bytes a parameter may take half: `fsdp` grows until they do, then `tensor`."""
     config = gpt3(size)
     model = ModelConfig(**{**vars(config.model), "vocab_size": 50257})
-    mesh, reason = resolve_mesh(MeshConfig(), devices, model, TrainingConfig(batch_size=batch), int(memory))
+    mesh, reason = resolve_mesh(of(model, batch), devices, int(memory))
     assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == expected
     state = 16 * parameter_counts(model)["total"]
     assert state / (mesh.fsdp * mesh.tensor) <= memory / 2
@@ -89,18 +97,17 @@ def test_muon_keeps_less():
     refused for them is let through."""
     model, muon = gpt2(num_layers=48, model_dim=1600, num_heads=25), OptimizerConfig(kind="muon")
     for optimizer, fsdp in ((OptimizerConfig(), 2), (muon, 1)):
-        mesh, _ = resolve_mesh(MeshConfig(), 2, model, TrainingConfig(batch_size=8), 45 * 10**9, optimizer)
+        mesh, _ = resolve_mesh(of(model, 8, optimizer=optimizer), 2, 45 * 10**9)
         assert mesh.fsdp == fsdp
-    mesh, few = MeshConfig(data=1, fsdp=1, tensor=1), TrainingConfig(batch_size=1)
     model = dataclasses.replace(model, remat="full")
     with pytest.raises(UserError, match=r"18\.7 GB of it"):
-        require_fits(mesh, model, few, 18 * 10**9)
-    require_fits(mesh, model, few, 18 * 10**9, muon)
+        require_fits(of(model, 1, ONE), 18 * 10**9)
+    require_fits(of(model, 1, ONE, optimizer=muon), 18 * 10**9)
 
 
 def test_says_when_no_mesh_fits():
     model = ModelConfig(**{**vars(gpt3("175B").model), "vocab_size": 50257})
-    _, reason = resolve_mesh(MeshConfig(), 2, model, TrainingConfig(batch_size=8), 80 * 10**9)
+    _, reason = resolve_mesh(of(model, 8), 2, 80 * 10**9)
     assert "more than half" in reason
 
 
@@ -160,15 +167,14 @@ def gpt2(**changes):
 def test_refuses_a_batch_that_cannot_fit():
     """Before anything compiles: with the estimate, what a device has, and the largest micro-batch that divides the
     batch and fits. GPT-2 small with 512 sequences of 1024 tokens would hold 53 GB of logits alone."""
-    mesh = MeshConfig(data=1, fsdp=1, tensor=1)
     with pytest.raises(UserError) as error:
-        require_fits(mesh, gpt2(), TrainingConfig(batch_size=512), 80 * 10**9)
+        require_fits(of(gpt2(), 512, ONE), 80 * 10**9)
     text = str(error.value)
     assert "512 sequences" in text
     assert "a device has 80 GB" in text
     works = int(text.rsplit(" ", 1)[1])
     assert works == 128
-    require_fits(mesh, gpt2(), TrainingConfig(batch_size=512, micro_batch_size=works), 80 * 10**9)
+    require_fits(of(gpt2(), 512, ONE, micro_batch_size=works), 80 * 10**9)
 
 
 @pytest.mark.parametrize(
@@ -181,16 +187,15 @@ def test_refuses_a_batch_that_cannot_fit():
     ],
 )
 def test_what_takes_less_memory_is_let_through(changes, training):
-    mesh = MeshConfig(data=1, fsdp=1, tensor=1)
-    require_fits(mesh, gpt2(**changes), TrainingConfig(batch_size=512, **training), 80 * 10**9)
+    require_fits(of(gpt2(**changes), 512, ONE, **training), 80 * 10**9)
 
 
 def test_what_no_micro_batch_mends():
     """A model whose state alone is too large, and a device whose memory nobody knows."""
-    mesh, model = MeshConfig(data=1, fsdp=1, tensor=1), gpt2(num_layers=48, model_dim=1600, num_heads=25)
+    model = gpt2(num_layers=48, model_dim=1600, num_heads=25)
     with pytest.raises(UserError, match=r"not even 1 would: model\.remat full"):
-        require_fits(mesh, model, TrainingConfig(batch_size=8), 8 * 10**9)
-    require_fits(mesh, model, TrainingConfig(batch_size=8), None)
+        require_fits(of(model, 8, ONE), 8 * 10**9)
+    require_fits(of(model, 8, ONE), None)
 
 
 def test_offload_needs_memory_of_the_host():

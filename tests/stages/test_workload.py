@@ -1,0 +1,98 @@
+"""What every stage is said to hold, to compute and to read, against the step that is compiled for it."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from gptjax.config import ModelConfig
+from gptjax.model.workload import flops_per_token, sequence_tokens, state_bytes
+from gptjax.parallel.mesh import one_device_mesh
+from gptjax.resolve import resolve
+from gptjax.stages import start
+from gptjax.stages.train import STAGES, _compile_step, train
+from gptjax.training.loop import next_batch
+from gptjax.training.schedule import Progress, final_progress
+
+RL = {"reward": "exact", "answers": 16, "answer_tokens": 6}
+LORA = {"lora": {"rank": 4}}
+CASES = {
+    "pretrain": ("pretrain", "text.txt", {}),
+    "sft": ("sft", "talk.jsonl", {}),
+    "sft, lora": ("sft", "talk.jsonl", LORA),
+    "reward": ("reward", "ranked.jsonl", {}),
+    "reward, lora": ("reward", "ranked.jsonl", LORA),
+    "dpo": ("dpo", "ranked.jsonl", {}),
+    "dpo, lora": ("dpo", "ranked.jsonl", LORA),
+    "ppo": ("ppo", "talk.jsonl", {"rl": RL}),
+    "ppo with text": ("ppo", "talk.jsonl", {"rl": RL, "ppo": {"pretraining_rows": 2}}),
+    "ppo, lora": ("ppo", "talk.jsonl", {"rl": RL} | LORA),
+    "grpo": ("grpo", "talk.jsonl", {"rl": RL}),
+    "grpo, lora": ("grpo", "talk.jsonl", {"rl": RL} | LORA),
+}
+
+
+@pytest.fixture(scope="session")
+def wide(once, lessons, stage_config):
+    """A run of `sft` whose products with weights outweigh everything else."""
+    shape = {"num_layers": 2, "model_dim": 192, "num_heads": 4, "context_length": 48, "attention_kernel": "xla"}
+    model = ModelConfig(**shape, norm="rmsnorm", positions="rope", bias=False)
+
+    def fill(folder):
+        config = stage_config("sft", folder, training={"steps": 1}, tokenizer={"path": str(lessons / "tokenizer.json")})
+        train(dataclasses.replace(config, model=model))
+
+    return once("wide", fill)
+
+
+@pytest.fixture
+def opened(stage_config, wide, lessons, tmp_path):
+    """Makes a stage as `train` makes it: its configuration, data, models and itself, on one device."""
+
+    def make(stage, file, sections):
+        if "pretraining_rows" in sections.get("ppo", {}):
+            sections = sections | {"ppo": sections["ppo"] | {"pretraining_path": (str(lessons / "text.txt"),)}}
+        model = {"init_from": str(wide), "attention_kernel": "xla"}
+        sections = sections | {"model": model, "training": {"eval_sequences": 8}}
+        config = start.inherit(stage_config(stage, tmp_path / "run", file, **sections))
+        config = STAGES[stage].configure(config)
+        data = STAGES[stage].load_data(config, None, lambda line: None)
+        networks_of = start.networks_of(config, data.rows)
+        config = resolve(config, jax.devices()[:1], data.tokenizer, num_rows=data.num_rows, networks_of=networks_of)
+        (tmp_path / "run").mkdir()
+        return config, data, networks_of(config), STAGES[stage].open_stage(config, data, tmp_path / "run", print)
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stage_computes_and_keeps_what_is_counted(case, opened):
+    """Within a tenth: FLOPs of the step as XLA counts them in the program that runs, and bytes of its state and of what
+    it holds beside, frozen weights among them. Tokens are exactly those of the rows that the trained model reads."""
+    with jax.set_mesh(one_device_mesh()):
+        config, data, held, stage = opened(*CASES[case])
+        state, stream = stage.new_state(), stage.stream(0)
+        K = config.training.steps_per_dispatch
+        *arguments, progress = next_batch(config, stream, Progress(), K, state, sequence_tokens(held))
+        stream.close()
+        rows = {name: value for name, value in arguments[0].items() if name in ("tokens", "pretraining")}
+        shifted = config.stage != "reward"
+        read = sum(value.size // value.shape[-1] * (value.shape[-1] - shifted) for value in rows.values())
+        assert (
+            progress.tokens
+            == read
+            == final_progress(dataclasses.replace(config.training, steps=K), sequence_tokens(held)).tokens
+        )
+        program = _compile_step(config, stage).lower(state, *arguments, K).compile()
+    # Of a loop XLA counts the body once: one step of one micro-batch.
+    tokens = config.training.batch_size * sequence_tokens(held)
+    counted = program.cost_analysis()["flops"]
+    said = flops_per_token(held).total * tokens
+    trained = tuple(network for network in held if network.rows)
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves((state, stage.frozen)))
+    stated = state_bytes(trained, config.optimizer, gradients=False)
+    given = program.memory_analysis().argument_size_in_bytes - sum(x.nbytes for x in jax.tree.leaves(arguments))
+    print(case, said / counted, stated / kept, kept / given)
+    assert said == pytest.approx(counted, rel=0.1)
+    assert stated == pytest.approx(kept, rel=0.1)
+    assert kept == pytest.approx(given, rel=0.1), "what is kept goes in"
