@@ -135,9 +135,9 @@ def resolve_mesh(
 ) -> tuple[MeshConfig, str]:
     """Fill the axes that are left open, and check that the mesh divides devices, batch, heads and widths.
 
-    `fsdp` is the smallest that lets the training state (`state_bytes`: 16 bytes a trained parameter with AdamW, 4 of
-    one that is not) take at most half of each device's memory; where the batch or the width admits no such one, `tensor` helps out. `data` is what
-    is left over. The vocabulary is checked where it is known already.
+    `fsdp` is the smallest that lets the training state (`state_bytes`: with AdamW 16 bytes a parameter that is trained,
+    and 4 of one that is not) take at most half of each device's memory; where the batch or the width admits no such
+    one, `tensor` helps out. `data` is what is left over. The vocabulary is checked where it is known already.
 
     Args:
         memory: bytes that one device can hold; None: unknown, and nothing is split that was not asked for.
@@ -188,12 +188,12 @@ def require_fits(config: Config, memory: int | None, networks_of: NetworksOf = n
     advice = (
         f"the largest training.micro_batch_size that fits is {fitting[-1]}"
         if fitting
-        else f"not even {shards} would: model.remat full, training.loss_chunk_tokens {models[0].rows[0].num_tokens}, a shorter "
-        "training.sequence_length, or more devices for mesh.fsdp help"
+        else f"not even {shards} would: model.remat full, training.loss_chunk_tokens "
+        f"{models[0].rows[0].num_tokens}, a shorter training.sequence_length, or more devices for mesh.fsdp help"
     )
     raise UserError(
-        f"a micro-batch of {micro} sequences of {described(models)} needs at least {needed / 1e9:.3g} GB on each device, "
-        f"{held / 1e9:.3g} GB of it for parameters and optimizer state and the rest for activations, but a device has "
+        f"a micro-batch of {micro} sequences of {described(models)} needs at least {needed / 1e9:.3g} GB on each "
+        f"device, {held / 1e9:.3g} GB of it for parameters and optimizer state and the rest for activations, but a device has "
         f"{memory / 1e9:.3g} GB; {advice}"
     )
 

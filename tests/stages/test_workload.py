@@ -47,7 +47,7 @@ def wide(once, lessons, stage_config):
 
 @pytest.fixture
 def opened(stage_config, wide, lessons, tmp_path):
-    """Makes a stage as `train` makes it: its configuration, data, models and itself, on one device."""
+    """Makes a stage as `train` makes it: its configuration, models and itself, on one device."""
 
     def make(stage, file, sections):
         if "pretraining_rows" in sections.get("ppo", {}):
@@ -60,7 +60,7 @@ def opened(stage_config, wide, lessons, tmp_path):
         networks_of = start.networks_of(config, data.rows)
         config = resolve(config, jax.devices()[:1], data.tokenizer, num_rows=data.num_rows, networks_of=networks_of)
         (tmp_path / "run").mkdir()
-        return config, data, networks_of(config), STAGES[stage].open_stage(config, data, tmp_path / "run", print)
+        return config, networks_of(config), STAGES[stage].open_stage(config, data, tmp_path / "run", print)
 
     return make
 
@@ -70,7 +70,7 @@ def test_a_stage_computes_and_keeps_what_is_counted(case, opened):
     """Within a tenth: FLOPs of the step as XLA counts them in the program that runs, and bytes of its state and of what
     it holds beside, frozen weights among them. Tokens are exactly those of the rows that the trained model reads."""
     with jax.set_mesh(one_device_mesh()):
-        config, data, held, stage = opened(*CASES[case])
+        config, held, stage = opened(*CASES[case])
         state, stream = stage.new_state(), stage.stream(0)
         K = config.training.steps_per_dispatch
         *arguments, progress = next_batch(config, stream, Progress(), K, state, sequence_tokens(held))
@@ -78,11 +78,8 @@ def test_a_stage_computes_and_keeps_what_is_counted(case, opened):
         rows = {name: value for name, value in arguments[0].items() if name in ("tokens", "pretraining")}
         shifted = config.stage != "reward"
         read = sum(value.size // value.shape[-1] * (value.shape[-1] - shifted) for value in rows.values())
-        assert (
-            progress.tokens
-            == read
-            == final_progress(dataclasses.replace(config.training, steps=K), sequence_tokens(held)).tokens
-        )
+        run = dataclasses.replace(config.training, steps=K)
+        assert progress.tokens == read == final_progress(run, sequence_tokens(held)).tokens
         program = _compile_step(config, stage).lower(state, *arguments, K).compile()
     # Of a loop XLA counts the body once: one step of one micro-batch.
     tokens = config.training.batch_size * sequence_tokens(held)
@@ -92,7 +89,6 @@ def test_a_stage_computes_and_keeps_what_is_counted(case, opened):
     kept = sum(leaf.nbytes for leaf in jax.tree.leaves((state, stage.frozen)))
     stated = state_bytes(trained, config.optimizer, gradients=False)
     given = program.memory_analysis().argument_size_in_bytes - sum(x.nbytes for x in jax.tree.leaves(arguments))
-    print(case, said / counted, stated / kept, kept / given)
     assert said == pytest.approx(counted, rel=0.1)
     assert stated == pytest.approx(kept, rel=0.1)
     assert kept == pytest.approx(given, rel=0.1), "what is kept goes in"
