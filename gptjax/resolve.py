@@ -193,8 +193,8 @@ def require_fits(config: Config, memory: int | None, networks_of: NetworksOf = n
     )
     raise UserError(
         f"a micro-batch of {micro} sequences of {described(models)} needs at least {needed / 1e9:.3g} GB on each "
-        f"device, {held / 1e9:.3g} GB of it for parameters and optimizer state and the rest for activations, but a device has "
-        f"{memory / 1e9:.3g} GB; {advice}"
+        f"device, {held / 1e9:.3g} GB of it for parameters and optimizer state and the rest for activations, "
+        f"but a device has {memory / 1e9:.3g} GB; {advice}"
     )
 
 

@@ -1,6 +1,7 @@
 """What is filled from the devices and the tokenizer, and what is refused because it does not fit them."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,11 @@ from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Trai
 from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
+from gptjax.model.workload import Rows, memory_of_pass, networks, sequence_tokens, state_bytes
 from gptjax.presets import gpt3
 from gptjax.resolve import evaluation_sequences, refit_mesh, require_fits, resolve, resolve_mesh
+from gptjax.training.schedule import final_progress
+from gptjax.tuning_config import LoraConfig
 
 CPUS = [SimpleNamespace(platform="cpu")] * 8
 TOKENIZER = SimpleNamespace(vocab_size=300)
@@ -215,3 +219,50 @@ def test_offload_needs_memory_of_the_host():
 def test_resolve_refuses_another_vocabulary():
     with pytest.raises(UserError, match=r"299.*300"):
         resolve(Config(model=ModelConfig(vocab_size=299), run_dir="a"), CPUS, TOKENIZER)
+
+
+def stage_of(stage, model, batch_size=8, **sections):
+    """A stage to judge, on one device, that computes a row at once and keeps as little of it as it can."""
+    training = {"micro_batch_size": 1, "loss_chunk_tokens": 512}
+    return dataclasses.replace(of(model, batch_size, ONE, **training), stage=stage, **sections)
+
+
+def test_adapters_fit_where_training_does_not():
+    """LoRA of 8.0e9 parameters keeps 32 GB and no moments of them: a device of 80 GB holds it, not full training."""
+    shape = {"num_layers": 32, "model_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "ffn_dim": 14336}
+    model = gpt2(**shape, vocab_size=128256, feed_forward="swiglu", tie_embeddings=False, bias=False, remat="full")
+    adapted = stage_of("sft", model, lora=LoraConfig(rank=8))
+    require_fits(adapted, 80 * 10**9)
+    alone = dataclasses.replace(adapted, training=TrainingConfig(batch_size=8), mesh=MeshConfig())
+    assert resolve_mesh(alone, 8, 80 * 10**9)[0].fsdp == 1
+    with pytest.raises(UserError, match=r"\d+ GB of it for parameters and optimizer state"):
+        require_fits(stage_of("sft", model), 80 * 10**9)
+
+
+def test_all_models_of_a_stage_are_counted():
+    """PPO holds a critic, an average, a reference and a judge beside its policy, and what it learns from others' answers
+    is as many rows as there are answers."""
+    model = gpt2(num_layers=32, model_dim=2560, num_heads=32, remat="full")
+    one, critic = 4 * parameter_counts(model)["total"], dataclasses.replace(model, value_head=True)
+    require_fits(stage_of("sft", model), 50 * 10**9)
+    with pytest.raises(UserError, match="state"):
+        require_fits(stage_of("ppo", model), 80 * 10**9)
+    held = state_bytes(networks(stage_of("ppo", model), judge=critic), OptimizerConfig(), gradients=False)
+    assert held == pytest.approx((3 + 3 + 1 + 1 + 1) * one, rel=1e-3)
+    reward, nine = stage_of("reward", gpt2()), networks(stage_of("reward", gpt2()), Rows(9, 1024))
+    least = [memory_of_pass(models, ONE, 4).least for models in (networks(reward, Rows(1, 1024)), nine)]
+    assert least[1] == pytest.approx(9 * least[0])
+    assert sequence_tokens(nine) == 9 * 1024
+
+
+def test_epochs_count_the_rows_that_a_growing_batch_sees():
+    """An epoch is one whatever the batch grows from, and however many tokens a sequence has."""
+    ramp = {"micro_batch_size": 4, "batch_ramp_start": 4, "batch_ramp_tokens": 1_000_000}
+    training = TrainingConfig(steps=None, epochs=1, batch_size=64, **ramp)
+    model, rows = ModelConfig(**SMALL | {"context_length": 128}), Rows(2, 32)
+    for stage, tokens in (("pretrain", 128), ("dpo", 64)):
+        config = Config(stage=stage, model=model, training=training, run_dir="x", mesh=ONE)
+        known = functools.partial(networks, rows=rows if stage == "dpo" else None)
+        steps = resolve(config, CPUS[:1], TOKENIZER, num_rows=10_000, networks_of=known).training.steps
+        seen = [final_progress(dataclasses.replace(training, steps=n), tokens).sequences for n in (steps - 1, steps)]
+        assert seen[0] < 10_000 <= seen[1]
