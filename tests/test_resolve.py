@@ -240,8 +240,8 @@ def test_adapters_fit_where_training_does_not():
 
 
 def test_all_models_of_a_stage_are_counted():
-    """PPO holds a critic, an average, a reference and a judge beside its policy, and what it learns from others' answers
-    is as many rows as there are answers."""
+    """PPO holds a critic, an average, a reference and a judge beside its policy, and a reward model learns from as many
+    rows as a prompt has answers."""
     model = gpt2(num_layers=32, model_dim=2560, num_heads=32, remat="full")
     one, critic = 4 * parameter_counts(model)["total"], dataclasses.replace(model, value_head=True)
     require_fits(stage_of("sft", model), 50 * 10**9)

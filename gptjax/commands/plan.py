@@ -129,6 +129,9 @@ def _fitted(path: str) -> tuple[tuple[LossLaw, ...], tuple[LossLaw, ...]]:
 
 
 def _compile(config: Config, plan: Plan) -> dict[str, Any]:
+    if config.stage not in ("pretrain", "sft") or config.lora.rank:
+        what = "adapters" if config.lora.rank else f"stage {config.stage}"
+        raise UserError(f"--compile knows the step that trains all weights on text, not {what}; leave it out")
     from gptjax.parallel import platform
 
     platform.configure()

@@ -21,6 +21,7 @@ from gptjax.model.accounting import (
 )
 from gptjax.model.devices import Device
 from gptjax.model.workload import (
+    FULL,
     NetworksOf,
     flops_per_token,
     memory_of_pass,
@@ -170,7 +171,8 @@ def make_plan(
     suggestion = next(((m.remat, m.largest_micro_batch) for m in alternatives if m.largest_micro_batch), None)
     rate = None if device.flops is None else count * device.flops * efficiency / flops.total
     # Recomputed products are no model FLOPs, and take their time all the same: 6 of 8 are left, with remat full.
-    again = RECOMPUTED[model.remat] * flops.total / 3
+    forward = flops_per_token(tuple(one._replace(lora=FULL) for one in held)).total / 3  # adapters save nothing in it
+    again = RECOMPUTED[model.remat] * forward
     if rate is not None:
         rate *= flops.total / (flops.total + again)
     batch_tokens = training.batch_size * sequence_tokens(held)

@@ -59,13 +59,18 @@ def configure(config: Config) -> Config:
     """A dispatch is an iteration, and intervals are whole iterations: the next longer ones.
 
     Raises:
-        UserError: batches do not divide an iteration's answers, or groups do not.
+        UserError: batches do not divide an iteration's answers, or groups do not; or batches grow.
     """
     rl, training, group = config.rl, config.training, group_size(config)
     for what, size in (("training.batch_size", training.batch_size), ("the size of a group", group)):
         if rl.answers % size:
             nearest = max(1, round(rl.answers / size)) * size
             raise UserError(f"rl.answers {rl.answers} is not a multiple of {what} {size}; the nearest is {nearest}")
+    if training.resolved_batch_ramp_start != training.batch_size:
+        raise UserError(
+            f"training.batch_ramp_start {training.batch_ramp_start} lets the batch grow, but an iteration is whole "
+            f"batches of rl.answers {rl.answers}; training.batch_ramp_start {training.batch_size} works"
+        )
     steps = rl.inner_epochs * rl.answers // training.batch_size
 
     def whole(interval: int) -> int:
