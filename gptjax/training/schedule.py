@@ -16,8 +16,8 @@ class Progress(NamedTuple):
     step: int = 0
     sequences: int = 0
     tokens: int = 0
-    """That the trained model has read, padding included (`workload.sequence_tokens`). Runs that began when each sequence
-    was counted as one row of text go on from the count that they have saved."""
+    """That the trained model has read, padding included (`workload.sequence_tokens`). A run that began when each
+    sequence was counted as one row of text goes on from the count that it has saved."""
     left_out: int = 0
     """Sequences that were passed over, because the run diverged on them."""
 

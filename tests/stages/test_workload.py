@@ -1,6 +1,7 @@
 """What every stage is said to hold, to compute and to read, against the step that is compiled for it."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import pytest
@@ -10,8 +11,11 @@ from gptjax.model.workload import flops_per_token, sequence_tokens, state_bytes
 from gptjax.parallel.mesh import one_device_mesh
 from gptjax.resolve import resolve
 from gptjax.stages import start
+from gptjax.stages.dry_run import first_rows
 from gptjax.stages.train import STAGES, _compile_step, train
 from gptjax.training.loop import next_batch
+from gptjax.training.metrics import read_metrics
+from gptjax.training.run_dir import load_run_config
 from gptjax.training.schedule import Progress, final_progress
 
 RL = {"reward": "exact", "answers": 16, "answer_tokens": 6}
@@ -24,7 +28,6 @@ CASES = {
     "reward, lora": ("reward", "ranked.jsonl", LORA),
     "dpo": ("dpo", "ranked.jsonl", {}),
     "dpo, lora": ("dpo", "ranked.jsonl", LORA),
-    "ppo": ("ppo", "talk.jsonl", {"rl": RL}),
     "ppo with text": ("ppo", "talk.jsonl", {"rl": RL, "ppo": {"pretraining_rows": 2}}),
     "ppo, lora": ("ppo", "talk.jsonl", {"rl": RL} | LORA),
     "grpo": ("grpo", "talk.jsonl", {"rl": RL}),
@@ -92,3 +95,29 @@ def test_a_stage_computes_and_keeps_what_is_counted(case, opened):
     assert said == pytest.approx(counted, rel=0.1)
     assert stated == pytest.approx(kept, rel=0.1)
     assert kept == pytest.approx(given, rel=0.1), "what is kept goes in"
+
+
+def test_rows_of_an_epoch_are_all_that_is_learned_from(stage_config, wide):
+    """Of ranked answers DPO learns from every pair, and a reward model from a prompt's answers together."""
+    for stage, of_group in (("dpo", 3), ("reward", 1)):  # all of three answers are of different ranks
+        config = start.inherit(stage_config(stage, "x", "ranked.jsonl", model={"init_from": str(wide)}))
+        data = STAGES[stage].load_data(config, None, lambda line: None)
+        assert data.num_rows == of_group * len(data.content.train)
+        assert data.rows.count == (2 if stage == "dpo" else 3)
+        assert data.rows.num_tokens % 16 == 0
+
+
+def test_tokens_and_speed_of_a_run_are_those_of_its_rows(stage_config, wide, tmp_path):
+    """What metrics and summary say is counted so, a saved count goes on, and MFU is the step's FLOPs over its time."""
+    run = tmp_path / "run"
+    config = stage_config("dpo", run, "ranked.jsonl", model={"init_from": str(wide)}, training={"eval_sequences": 8})
+    with mock.patch("gptjax.stages.train.peak_flops", lambda kind, dtype: 1e12):
+        summary = train(config)
+    rows = first_rows(config, log=lambda line: None).data.rows
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    assert [record["tokens"] for record in records] == [n * 16 * 2 * rows.num_tokens for n in (1, 2, 3, 4)]
+    assert summary["tokens"] == records[-1]["tokens"]
+    saved = load_run_config(run)[0]
+    said = flops_per_token(start.networks_of(saved, rows)(saved)).total
+    last = records[-1]
+    assert last["mfu"] == pytest.approx(last["tokens_per_second"] * said / jax.device_count() / 1e12)
