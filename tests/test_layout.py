@@ -23,6 +23,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.resolve": 0,
     "gptjax.parametrization": 0,
     "gptjax.model.accounting": 0,  # arithmetic on a configuration
+    "gptjax.model.workload": 0,
     "gptjax.model.devices": 0,
     "gptjax.sampling.config": 0,
     "gptjax.text": 1,
@@ -30,6 +31,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.parallel": 1,
     "gptjax.model": 2,
     "gptjax.training": 3,
+    "gptjax.training.schedule": 0,  # arithmetic: plans and studies make steps of tokens
     "gptjax.sampling": 3,
     "gptjax.stages": 4,
     "gptjax.evaluation": 4,
@@ -65,9 +67,9 @@ STANDARD_LIBRARY_ONLY = (
         "gptjax.presets",
         "gptjax.sampling.config",
     ),
-    *("gptjax.resolve", "gptjax.model.accounting", "gptjax.parametrization"),
+    *("gptjax.resolve", "gptjax.model.accounting", "gptjax.model.workload", "gptjax.parametrization"),
     *("gptjax.model.devices", "gptjax.scaling.laws", "gptjax.scaling.study", "gptjax.scaling.plan"),
-    "gptjax.scaling.depth",
+    *("gptjax.scaling.depth", "gptjax.training.schedule"),
 )
 MAX_LINES = 350
 MAX_LINES_OF = {"gptjax/config.py": 500}  # one line of doc under every field of a run

@@ -129,6 +129,9 @@ def _fitted(path: str) -> tuple[tuple[LossLaw, ...], tuple[LossLaw, ...]]:
 
 
 def _compile(config: Config, plan: Plan) -> dict[str, Any]:
+    if config.stage not in ("pretrain", "sft") or config.lora.rank:
+        what = "adapters" if config.lora.rank else f"stage {config.stage}"
+        raise UserError(f"--compile knows the step that trains all weights on text, not {what}; leave it out")
     from gptjax.parallel import platform
 
     platform.configure()
@@ -287,20 +290,22 @@ def dry_run(config: Config) -> int:
     from gptjax.model.devices import of_kind
     from gptjax.model.kernels import choose, this_machine, training_calls
     from gptjax.resolve import memory_bytes, resolve
+    from gptjax.stages import start
     from gptjax.stages.dry_run import first_rows
     from gptjax.stages.messages import of_length
 
     rows = first_rows(config, log=print)
     devices = jax.devices()
     config = dataclasses.replace(rows.config, run_dir=config.run_dir or "runs")
-    resolved = resolve(config, devices, rows.data.tokenizer, num_rows=rows.data.num_rows)
+    networks_of = start.networks_of(config, rows.data.rows)
+    resolved = resolve(config, devices, rows.data.tokenizer, num_rows=rows.data.num_rows, networks_of=networks_of)
     known = of_kind(devices[0].device_kind) or Device(devices[0].device_kind, (), None, None, None)
     memory = memory_bytes(devices[0])
     device = known if memory is None else known._replace(memory_bytes=memory / USABLE)
     documents = config.separates_documents
     calls = training_calls(resolved.model, resolved.sequence_length, documents=documents, context=resolved.mesh.context)
     chosen = {choose(call, this_machine(), resolved.model.attention_kernel) for call in calls.values()}
-    show(make_plan(resolved, device, len(devices), quadratic="xla" in chosen))
+    show(make_plan(resolved, device, len(devices), quadratic="xla" in chosen, networks_of=networks_of))
     print(*of_length(resolved), sep="\n")
     show_rows(rows)
     print("dry run: nothing was trained, and no run was begun")

@@ -78,6 +78,5 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         evaluate=rl.evaluator(config, data, reward, policy_of),
         sample=rl.sampler(config, directory, data, policy_of, log),
         description=lambda progress: rl.describe(config, data),
-        flops_per_token=None,  # most of an iteration is no training step
         files={TEMPLATE_FILE: data.content.form.template},
     )

@@ -150,7 +150,6 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
             *rl.describe(config, data),
             f"critic: starts as {source.model.init_from}, {critic_config.num_layers} layers",
         ],
-        flops_per_token=None,  # most of an iteration is no training step
         after=after,
         files={TEMPLATE_FILE: data.content.form.template},
     )
@@ -180,15 +179,10 @@ def _critic(config: Config, data: Data) -> tuple[Config, ModelConfig]:
     Raises:
         UserError: it has another tokenizer.
     """
-    judge = config.rl.reward if Path(config.rl.reward).is_dir() else config.model.init_from
-    folder = config.ppo.critic_from or judge
-    saved = start.model_of(Path(folder))
-    theirs = load_tokenizer(Path(folder))
-    if theirs.with_vocab_size(saved.vocab_size).fingerprint != data.tokenizer.fingerprint:
+    model = start.critic_model(config)
+    folder = model.init_from
+    if load_tokenizer(Path(folder)).with_vocab_size(model.vocab_size).fingerprint != data.tokenizer.fingerprint:
         raise UserError(f"the critic's start {folder} has another tokenizer than the policy's; ppo.critic_from another")
-    own = {name: getattr(config.model, name) for name in ("scan_layers", "remat", "attention_kernel", "compute_dtype")}
-    no_dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
-    model = dataclasses.replace(saved, value_head=True, init_from=folder, fp8=False, **own, **no_dropout)
     return dataclasses.replace(config, model=model), model
 
 

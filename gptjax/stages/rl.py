@@ -27,6 +27,7 @@ from gptjax.data.tasks import Prompt, PromptOrder, encode_prompts, padded_tokens
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import JUDGED_BY_ANSWER, find_reward
 from gptjax.model.gpt import Params
+from gptjax.model.workload import Rows
 from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.rollout import Rollout, longest_prompt, rollout
@@ -87,8 +88,9 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         *(config.data.on_error, config.data.split, SPLIT_BY, config.data.validation_fraction),
     )
     content = Prompts(form, *sides, padded_tokens([*sides[0], *sides[1]], most_tokens))
+    rows = Rows(1, rounded(content.padded_tokens + config.rl.answer_tokens - 1, length))
     num_rows = len(sides[0]) * group_size(config) * config.rl.inner_epochs
-    return Data(tokenizer, mark, " ".join(config.data.path), num_rows, content)
+    return Data(tokenizer, mark, " ".join(config.data.path), num_rows, rows, content)
 
 
 def _task(record: Record, judged: bool) -> Task:
@@ -119,8 +121,7 @@ def reward_of(config: Config, data: Data) -> Judge:
 
 def row_tokens(config: Config, data: Data) -> int:
     """T: prompt and answer, of which all but the last are inputs, padded so that meshes can divide those."""
-    inputs = data.content.padded_tokens + config.rl.answer_tokens - 1
-    return rounded(inputs, _room(config)[0]) + 1
+    return data.rows.num_tokens + 1
 
 
 class Drawn(NamedTuple):
