@@ -277,7 +277,6 @@ def test_what_a_reward_does_wrong_names_the_prompt(tmp_path):
         ("ppo", {"rl": {"reward": "TALKER"}}, "has no reward.json: it is no finished reward model"),
         ("grpo", {"rl": {"reward": "nummber"}}, "rl.reward nummber names no reward"),
         ("grpo", {"rl": {"answer_tokens": 47}}, "the prompt has .* leaves 1 beside"),
-        ("grpo", {"training": {"batch_ramp_start": 8, "batch_ramp_tokens": 9, "micro_batch_size": 8}}, "whole batches"),
         ("grpo", {"rl": {"answer_tokens": 50}}, "leaves no room for a prompt"),
         ("sft", {"model": {"init_from": ""}}, "stage sft starts from a run: give --model.init-from"),
         ("sft", {"model": {"num_layers": 5}}, "model.num_layers is 5, but the model of .* has 2"),
