@@ -111,7 +111,7 @@ def test_tokens_and_speed_of_a_run_are_those_of_its_rows(stage_config, wide, tmp
     """What metrics and summary say is counted so, a saved count goes on, and MFU is the step's FLOPs over its time."""
     run = tmp_path / "run"
     config = stage_config("dpo", run, "ranked.jsonl", model={"init_from": str(wide)}, training={"eval_sequences": 8})
-    with mock.patch("gptjax.stages.train.peak_flops", lambda kind, dtype: 1e12):
+    with mock.patch("gptjax.stages.train.peak_flops", return_value=1e12):
         summary = train(config)
     rows = first_rows(config, log=lambda line: None).data.rows
     records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
