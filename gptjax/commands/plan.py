@@ -166,7 +166,7 @@ def show(plan: Plan) -> None:
 def _show_memory(plan: Plan) -> None:
     device, micro = plan.device, plan.training.resolved_micro_batch_size
     holds = "unknown memory" if device.memory_bytes is None else f"{device.memory_bytes / 1e9:.4g} GB"
-    rows = f"micro-batch of {micro} × {plan.training.resolved_sequence_length(plan.model)} tokens"
+    rows = f"micro-batch of {micro} × {plan.sequence}"
     title = f"GB on each of {plan.count} {device.name} ({holds}), {rows}, {plan.model.compute_dtype}"
     table = cli.make_table(
         title, "remat", "parameters", "optimizer", "gradients", "copies", "activations", "logits", "together", "fits",

@@ -23,6 +23,7 @@ from gptjax.model.devices import Device
 from gptjax.model.workload import (
     FULL,
     NetworksOf,
+    described,
     flops_per_token,
     memory_of_pass,
     networks,
@@ -104,6 +105,8 @@ class Plan(NamedTuple):
     """The remat that recomputes least and the largest micro-batch that fits with it; None: nothing fits."""
     cache_bytes: int
     """Keys and values of one sequence as long as the context, in the compute type."""
+    sequence: str
+    """What one sequence of a batch is: its rows and their tokens."""
     tokens: int
     """That the run trains on."""
     efficiency: float
@@ -196,11 +199,12 @@ def make_plan(
         recomputed_flops=again,
         mesh=mesh,
         mesh_reason=reason,
-        traffic=traffic(model, mesh, micro, config.sequence_length),
+        traffic=traffic(model, mesh, micro * held[0].rows[0].count, held[0].rows[0].num_tokens),
         memory=own,
         alternatives=alternatives,
         suggestion=suggestion,
         cache_bytes=cache_elements(model, 1, model.context_length) * (2 if dtype == "bfloat16" else 4),
+        sequence=described(held),
         tokens=tokens,
         efficiency=efficiency,
         tokens_per_second=rate,

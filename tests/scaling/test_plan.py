@@ -16,6 +16,7 @@ from gptjax.scaling.depth import MAX_LEARNING_RATE, explain, of_depth
 from gptjax.scaling.laws import EPOCH
 from gptjax.scaling.plan import USABLE, make_plan
 from gptjax.training.schedule import final_progress
+from gptjax.tuning_config import LoraConfig
 
 H100 = named("h100")
 UNKNOWN = Device("cpu", (), None, None, None)
@@ -58,6 +59,21 @@ def test_rows_shorter_than_the_context_are_what_is_planned():
     one, other = (make_plan(Config(model=m, training=rows, mesh=mesh), H100, 8) for m in learned)
     assert other.parameters["positions"] == 32 * one.parameters["positions"]
     assert other.flops == one.flops
+
+
+def test_a_plan_knows_the_stage():
+    """Pairs are twice the rows, adapters two thirds of the FLOPs and no moments, and PPO a second model that learns."""
+    config = Config(model=ModelConfig(vocab_size=50257), training=TrainingConfig(steps=10, batch_size=8))
+    sft, dpo, ppo = (make_plan(dataclasses.replace(config, stage=stage), H100) for stage in ("sft", "dpo", "ppo"))
+    lora = make_plan(dataclasses.replace(config, stage="sft", lora=LoraConfig(rank=8)), H100)
+    assert (sft.sequence, dpo.sequence) == ("1024 tokens", "2 × 1024 tokens")
+    assert dpo.tokens == 2 * sft.tokens
+    assert dpo.days == pytest.approx(2 * sft.days)
+    assert dpo.memory.activations == pytest.approx(2 * sft.memory.activations)
+    assert lora.flops.matmuls == pytest.approx(2 / 3 * sft.flops.matmuls, rel=0.02)
+    assert lora.memory.optimizer < sft.memory.optimizer / 20
+    assert lora.memory.parameters == pytest.approx(sft.memory.parameters, rel=0.02)
+    assert ppo.flops.total == pytest.approx(2 * sft.flops.total - 6 * 50257 * 768, rel=1e-3)
 
 
 def test_what_there_is_buys_tokens():
