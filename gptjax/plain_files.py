@@ -1,4 +1,4 @@
-"""Text and JSON in files: read however a user's program has written them, and written so that any program reads them."""
+"""Text and JSON in files: read however a user's program has written them, written so that any program reads them."""
 
 import codecs
 import json
@@ -12,6 +12,8 @@ from gptjax.errors import UserError
 
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 that begins with its byte order mark; without the mark.
+
+    Lines end as Python has them.
 
     Raises:
         UserError: it has another encoding, or cannot be read.
@@ -27,12 +29,13 @@ def read_text(path: Path) -> str:
     if b"\0" in raw and not wide:
         raise UserError(f"{path} has zero bytes, so it is no text, or UTF-16 without its mark; save it as UTF-8")
     try:
-        return raw.decode("utf-16" if wide else "utf-8-sig")
+        text = raw.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + raw[: error.start].count(b"\n")
         raise UserError(
             f"{path} is not UTF-{16 if wide else 8}: byte 0x{raw[error.start]:02X} in line {line}; save it as UTF-8"
         ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> Any:
