@@ -1,5 +1,6 @@
 """From a command line to a configuration, before JAX is imported; and from errors to exit codes."""
 
+import codecs
 import contextlib
 import dataclasses
 import errno
@@ -16,6 +17,7 @@ from gptjax.config import Config
 from gptjax.config_files import load_config, opened
 from gptjax.errors import UserError
 from gptjax.parallel.launch import DistributedConfig
+from gptjax.plain_files import to_json
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
 from gptjax.streams import safe_streams
 
@@ -285,6 +287,21 @@ def open_output(path: str) -> Iterator[TextIO]:
             yield file
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
+
+
+def write_json(path: str | None, *values: Any) -> None:
+    """Write what `--json` asks for, one value a line; None: it does not.
+
+    Raises:
+        UserError: as `open_output`.
+    """
+    if path is None:
+        return
+    with open_output(path) as file:
+        # In another encoding than UTF-8, which JSON has to have, standard output gets ASCII, which is part of most.
+        ascii_only = codecs.lookup(file.encoding or "utf-8").name != "utf-8"
+        for value in values:
+            print(to_json(value, ascii_only=ascii_only), file=file)
 
 
 def print_to_stderr(text: str) -> None:

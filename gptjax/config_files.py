@@ -12,6 +12,7 @@ from typing import Any
 from gptjax.checks import require
 from gptjax.config import Config, foreign_row_tokens
 from gptjax.errors import UserError
+from gptjax.plain_files import read_json
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -77,9 +78,10 @@ def load_config(path: str | os.PathLike) -> Config:
     path = Path(path)
     if path.suffix == ".json":
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is no configuration: {error}") from None
+            values = read_json(path)
+        except OSError as error:
+            raise UserError(f"{path} is no configuration: {error.strerror}") from None
+        require(isinstance(values, Mapping), f"{path} is no configuration: it holds no object of fields")
         require_own(values, path)
         return saved_config(values) if "environment" in values else from_dict(values)
     require(not path.is_dir(), f"{path} is a folder; what is asked for is a configuration file that ends in .py")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -84,10 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         results = [_evaluate(directory, parsed) for directory in runs]
     if parsed.json != "-":
         _print_tables(results)
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            for result in results:
-                print(json.dumps(result, ensure_ascii=False), file=file)
+    cli.write_json(parsed.json, *results)
     if parsed.out is not None:
         plot_positions({r["run"]: r["nats_per_token_by_position"] for r in results}, parsed.out)
     return 0

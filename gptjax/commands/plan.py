@@ -1,6 +1,5 @@
 """`python -m gptjax plan CONFIG`: what a run will need, take, cost and reach."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from gptjax import cli
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.devices import Device, named
+from gptjax.plain_files import read_json
 from gptjax.scaling.laws import LossLaw, short
 from gptjax.scaling.plan import EFFICIENCY, LAWS, USABLE, Forecast, MemoryPlan, Plan, make_plan
 
@@ -93,9 +93,7 @@ def main(arguments: Sequence[str]) -> int:
         quadratic=config.model.attention_kernel == "xla",
     )
     compiled = _compile(config, plan) if parsed.compile else None
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as output:
-            print(json.dumps(_as_json(plan) | {"compiled": compiled}), file=output)
+    cli.write_json(parsed.json, _as_json(plan) | {"compiled": compiled})
     if parsed.json != "-":
         if target.name.startswith("depth") and not target.exists():
             from gptjax.scaling.depth import explain
@@ -116,7 +114,7 @@ def _described(peak_tflops: float | None, memory_gb: float | None, bandwidth: fl
 def _fitted(path: str) -> tuple[tuple[LossLaw, ...], tuple[LossLaw, ...]]:
     """The law of a fit, and those of its resamples."""
     try:
-        card = json.loads(Path(path).read_text(encoding="utf-8"))
+        card = read_json(Path(path))
         known = {"name": "your fit", "source": path, "counts": card["counts"]}
         ranges = {name: tuple(card[name]) for name in ("parameters_range", "tokens_range")}
         coefficients = [card[name] for name in ("E", "A", "B", "alpha", "beta")]
@@ -245,7 +243,7 @@ def measured_mfu(device: Device) -> list[str]:
     """What `benchmarks/results/` of a checkout has of this device: the best MFU of each shape that was trained."""
     folder, best = Path(__file__).parents[2] / "benchmarks" / "results", {}
     for path in sorted(folder.glob("*.json")):
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
         for row in rows if isinstance(rows, list) else [rows]:
             if not isinstance(row, dict) or row.get("device") not in device.kinds:
                 continue

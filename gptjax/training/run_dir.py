@@ -10,7 +10,6 @@ import difflib
 import fnmatch
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import subprocess
@@ -35,6 +34,7 @@ from gptjax.config_files import (
 )
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
+from gptjax.plain_files import read_json, to_json
 from gptjax.training.metrics import metrics_line, read_metrics
 
 CONFIG_FILE = "config.json"
@@ -110,7 +110,7 @@ def writable(path: str | os.PathLike) -> Iterator[None]:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write plain data as JSON, as `write_text` does."""
-    write_text(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(path), to_json(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -210,14 +210,12 @@ def load_run_config(run: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     """
     path = Path(run) / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except NotADirectoryError as error:
         hint = f"; {HOW_TO_USE.format(run)}" if path.parent.suffix == ".gguf" else ""
         raise UserError(f"{run} is not a run, but a file{hint}") from error
     except FileNotFoundError as error:
         raise UserError(f"{run} is not a run: it has no {CONFIG_FILE}; runs beside it: {_runs_beside(path)}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
     require_own(values, path)
     return saved_config(values), values.get("environment", {})
 

@@ -217,3 +217,56 @@ def test_rows_that_repeat_text_fit_the_constants_and_not_the_law():
     )
     assert abs(found.fit.law.E / EPOCH.E - 1) < 1e-3, "the worse losses of repeats do not disturb it"
     assert found.repeated.law.repeats_tokens < 15
+
+
+GOOD = "run,parameters,tokens,loss\nklein,1e6,2e7,3.5\nmüller,2e6,2e7,3.4\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "encoding"),
+    [
+        (lambda text: text, "utf-8-sig"),
+        (lambda text: text, "utf-16"),
+        (lambda text: "\ufeff" + text, "utf-16-be"),
+        (lambda text: text.replace("\n", "\r\n"), "utf-8"),
+        (lambda text: text.replace("\n", "\r"), "utf-8"),
+        (lambda text: text.replace(",", ", "), "utf-8"),
+        (lambda text: text.replace(",", " ,\t"), "utf-8"),
+        (lambda text: text.replace("parameters", ' "parameters"'), "utf-8"),
+        (lambda text: text + ",,,\n,,,\n", "utf-8"),
+        (lambda text: text.replace("\n", ",,\n"), "utf-8"),
+        (lambda text: text.rstrip("\n"), "utf-8"),
+        (lambda text: text + "\n \n\n", "utf-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "RUNS.CSV"])
+def test_a_table_is_the_same_however_a_spreadsheet_writes_it(change, encoding, name, tmp_path):
+    (tmp_path / name).write_bytes(change(GOOD).encode(encoding))
+    found = read([str(tmp_path / name)], {}, None)
+    assert found.names == ("klein", "müller")
+    assert (found.parameters_P.tolist(), found.loss_P.tolist()) == ([1e6, 2e6], [3.5, 3.4])
+
+
+def test_rows_have_the_numbers_of_an_editor(table):
+    assert table("parameters,tokens,loss\n\n1,2,3\n,,\n\n4,5,6\n").names == ("row 3", "row 6")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (GOOD.encode("latin-1"), "is not UTF-8: byte 0xFC in line 3; save it as UTF-8"),
+        (GOOD.encode("utf-16-le"), "has zero bytes.* save it as UTF-8"),
+        (GOOD.encode("utf-16")[:-1], "is not UTF-16"),
+        (GOOD.replace(".", ",").replace(",", ";").encode(), "separates its columns with ';'; .* write 3.5"),
+        (GOOD.replace(",", "\t").encode(), r"separates its columns with '\\t'"),
+        (GOOD.replace(".", ",").encode(), "row 2 has 1 more cell than there are columns, 5; write 3.5 rather than 3,5"),
+        (b"parameters,tokens,loss,loss\n1,2,3,4\n", r"several columns \['loss'\]"),
+        (b"", "no column"),
+        (b'parameters,tokens,loss\n1,2,"' + b"3" * 200_000, "is no table: field larger"),
+    ],
+)
+def test_a_table_that_could_be_misread_is_refused(raw, message, tmp_path):
+    (tmp_path / "a.csv").write_bytes(raw)
+    with pytest.raises(UserError, match=message) as refused:
+        read([str(tmp_path / "a.csv")], {}, None)
+    assert "\n" not in str(refused.value)
