@@ -1,7 +1,6 @@
 """Generate text with a trained run, or talk to it: `python sample.py RUN [--prompt TEXT]`; `--help` lists all."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -54,9 +53,7 @@ def continue_texts(run: "Run", parsed: cli.SampleArguments) -> None:
         if parsed.json is None:
             print("\n\n---\n\n".join(c.prompt + c.text for c in completions))
         else:
-            with cli.open_output(parsed.json) as file:
-                for completion in completions:
-                    print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False), file=file)
+            cli.write_json(parsed.json, *map(dataclasses.asdict, completions))
     if parsed.timing:
         longest = max(len(run.tokenizer.encode(prompt)) for prompt in prompts)
         guesses = []
@@ -82,10 +79,8 @@ def converse(run: "Run", layout: "ChatFormat", parsed: cli.SampleArguments) -> N
     asked = [[*start, Message("user", text)] for text in parsed.message for _ in range(parsed.num_samples)]
     if parsed.json is not None:
         answers = chat(*model, asked, sampling, parsed.decoding)
-        with cli.open_output(parsed.json) as file:
-            for messages, answer in zip(asked, answers, strict=True):
-                said = [*messages, Message("assistant", answer)]
-                print(json.dumps({"messages": [m._asdict() for m in said]}, ensure_ascii=False), file=file)
+        said = [[*messages, Message("assistant", answer)] for messages, answer in zip(asked, answers, strict=True)]
+        cli.write_json(parsed.json, *({"messages": [m._asdict() for m in messages]} for messages in said))
     elif len(asked) == 1:
         show(stream_chat(*model, asked[0], sampling, parsed.decoding))
     elif asked:
@@ -107,4 +102,4 @@ def show(pieces: Iterator[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    cli.run_command(main, ends_with_reader=True)

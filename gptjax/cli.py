@@ -1,19 +1,25 @@
 """From a command line to a configuration, before JAX is imported; and from errors to exit codes."""
 
+import codecs
 import contextlib
 import dataclasses
+import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from gptjax.config import Config
-from gptjax.config_files import load_config
+from gptjax.config_files import load_config, opened
 from gptjax.errors import UserError
 from gptjax.parallel.launch import DistributedConfig
+from gptjax.plain_files import to_json
 from gptjax.sampling.config import DecodingConfig, SamplingConfig
+from gptjax.streams import safe_streams
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,19 +35,62 @@ EXIT_OF = {
 """Exit status of a run by why it ended."""
 
 
-def run_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run an entry point on `sys.argv`; an error that the user can mend is one line and exit status 2."""
+class _Terminated(SystemExit):
+    """SIGTERM outside of training, which has its own way to stop."""
+
+
+def run_command(main: Callable[[Sequence[str]], int], *, ends_with_reader: bool = False) -> NoReturn:
+    """Run an entry point on `sys.argv`; an error that the user can mend is one line and exit status 2.
+
+    Args:
+        ends_with_reader: as `safe_streams`.
+    """
     try:
-        sys.exit(main(sys.argv[1:]))
-    except BrokenPipeError:  # the reader of our output has seen enough; Python must not complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        with _unwound_by_sigterm(), safe_streams(ends_with_reader):
+            status = _status_of(main)
+    except BrokenPipeError:
+        status = 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        print_to_stderr(f"error: {error}")
+        status = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print_to_stderr(f"error: cannot write {error.filename or 'a file'}: {error.strerror}")
+        status = EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_OF["interrupted"])
+        print_to_stderr("interrupted")
+        status = EXIT_OF["interrupted"]
+    except _Terminated:
+        print_to_stderr("terminated")
+        status = EXIT_OF["preempted"]
+    sys.exit(status)
+
+
+def _status_of(main: Callable[[Sequence[str]], int]) -> int | str | None:
+    try:
+        return main(sys.argv[1:])
+    except _Terminated:
+        raise
+    except SystemExit as ended:  # tyro's, after --help or a usage error
+        return ended.code
+
+
+@contextlib.contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what runs as an exception does, so that nothing half made is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -111,7 +160,7 @@ def starting_point(arguments: Sequence[str], default: Path) -> tuple[Config, Pat
         return load_config(target), target, arguments
     if not (target / "config.json").is_file():
         raise UserError(f"{target} is a folder without config.json, so no run; give a run or a configuration file")
-    config = load_config(target / "config.json")
+    config = opened(load_config(target / "config.json"))
     # Devices may have changed since, so the mesh is fitted to them again.
     mesh = dataclasses.replace(config.mesh, data=None)
     return dataclasses.replace(config, run_dir=str(target), mesh=mesh), target, arguments
@@ -234,11 +283,25 @@ def open_output(path: str) -> Iterator[TextIO]:
         yield sys.stdout
         return
     try:
-        file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 -- closed below; an error in use is not this one
+        with Path(path).open("w", encoding="utf-8") as file:
+            yield file
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from None
-    with file:
-        yield file
+
+
+def write_json(path: str | None, *values: Any) -> None:
+    """Write what `--json` asks for, one value a line; None: it does not.
+
+    Raises:
+        UserError: as `open_output`.
+    """
+    if path is None:
+        return
+    with open_output(path) as file:
+        # In another encoding than UTF-8, which JSON has to have, standard output gets ASCII, which is part of most.
+        ascii_only = codecs.lookup(file.encoding or "utf-8").name != "utf-8"
+        for value in values:
+            print(to_json(value, ascii_only=ascii_only), file=file)
 
 
 def print_to_stderr(text: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from gptjax.checks import require
 from gptjax.config import Config, foreign_row_tokens
 from gptjax.errors import UserError
+from gptjax.plain_files import read_json
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -77,9 +78,10 @@ def load_config(path: str | os.PathLike) -> Config:
     path = Path(path)
     if path.suffix == ".json":
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is no configuration: {error}") from None
+            values = read_json(path)
+        except OSError as error:
+            raise UserError(f"{path} is no configuration: {error.strerror}") from None
+        require(isinstance(values, Mapping), f"{path} is no configuration: it holds no object of fields")
         require_own(values, path)
         return saved_config(values) if "environment" in values else from_dict(values)
     require(not path.is_dir(), f"{path} is a folder; what is asked for is a configuration file that ends in .py")
@@ -137,3 +139,28 @@ def replace_fields(config: Config, fields: Mapping[str, Any]) -> Config:
             target = target[section]
         target[leaf] = value
     return from_dict(values)
+
+
+def opened(config: Config) -> Config:
+    """The same configuration, with every field None again whose value is the one that follows from other fields.
+
+    A saved configuration has none left, so that a change of `training.batch_size` would meet the old micro-batches. Not
+    opened is what belongs to the run: `optimizer.decay_steps` and `training.eval_sequences`, whose change would make
+    its two halves incomparable; and what other things than fields decide: the data, the tokenizer and the devices.
+    """
+    sections = {name: getattr(config, name) for name in ("model", "training")}
+    for name, section in sections.items():
+        follow = [field.name for field in dataclasses.fields(section) if _follows(config, section, field.name)]
+        sections[name] = dataclasses.replace(section, **dict.fromkeys(follow))
+    return dataclasses.replace(config, **sections)
+
+
+def _follows(config: Config, section: Any, name: str) -> bool:
+    """Whether a field has the value that it would have if it were None."""
+    if not hasattr(section, f"resolved_{name}"):
+        return False
+    try:
+        derived = getattr(dataclasses.replace(section, **{name: None}), f"resolved_{name}")
+    except UserError:  # it cannot be None here, such as head_dim where num_heads does not divide the width
+        return False
+    return getattr(section, name) in (None, derived(config.model) if callable(derived) else derived)

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from gptjax.checks import require
-from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from gptjax.errors import UserError
-from gptjax.model.accounting import Memory, activation_bytes, state_bytes
+from gptjax.model.accounting import Memory
+from gptjax.model.workload import NetworksOf, described, memory_of_pass, networks, sequence_tokens, state_bytes
+from gptjax.training.schedule import steps_for
 
 STATE_SHARE = 0.5
 """Of a device's memory that parameters, optimizer state and gradients may take; activations need the rest."""
@@ -20,8 +22,6 @@ EVALUATION_SHARE = 0.05
 it reads: that grows with the data, and time does not."""
 FEWEST_EVALUATED = 64
 """Sequences that it reads all the same, if there are so many."""
-ADAMW = OptimizerConfig()
-"""What keeps the most, where nobody says which optimizer it is."""
 
 
 class _Device(Protocol):
@@ -38,12 +38,14 @@ def resolve(
     tokenizer: _Tokenizer,
     memory: int | None = None,
     num_rows: int | None = None,
+    networks_of: NetworksOf = networks,
 ) -> Config:
     """Fill every derived field from the devices, the tokenizer and the data, and check that all of it fits.
 
     Args:
         memory: as `resolve_mesh`.
         num_rows: of the data, in one epoch; None where steps are given.
+        networks_of: as `resolve_mesh`.
 
     Raises:
         UserError: the mesh does not divide the devices, heads or batch, the tokenizer has another vocabulary than the
@@ -62,7 +64,8 @@ def resolve(
     )
     if training.steps is None:
         require(num_rows is not None, "training.steps is None, and nothing here has rows of which epochs could be made")
-        steps = max(1, math.ceil(training.epochs * num_rows / training.batch_size))
+        held = networks_of(dataclasses.replace(config, model=model))
+        steps = max(1, math.ceil(steps_for(training, sequence_tokens(held), training.epochs * num_rows)))
         whole = training.steps_per_dispatch if config.stage in ("ppo", "grpo") else 1
         training = dataclasses.replace(training, steps=math.ceil(steps / whole) * whole)
     optimizer = config.optimizer
@@ -76,10 +79,11 @@ def resolve(
         eval_sequences=evaluation_sequences(training),
     )
     require(config.run_dir is not None, "run_dir is not chosen yet; see gptjax.training.run_dir.next_run_dir")
-    mesh, _ = resolve_mesh(config.mesh, len(devices), model, training, memory, optimizer)
+    config = dataclasses.replace(config, model=model, optimizer=optimizer, training=training)
+    mesh, _ = resolve_mesh(config, len(devices), memory, networks_of)
     if model.remat == "offload":
         _require_host_memory(devices[0])
-    return with_date(dataclasses.replace(config, model=model, mesh=mesh, optimizer=optimizer, training=training))
+    return with_date(dataclasses.replace(config, mesh=mesh))
 
 
 def with_date(config: Config) -> Config:
@@ -127,21 +131,17 @@ def memory_bytes(device: Any) -> int | None:
 
 
 def resolve_mesh(
-    mesh: MeshConfig,
-    num_devices: int,
-    model: ModelConfig,
-    training: TrainingConfig,
-    memory: int | None = None,
-    optimizer: OptimizerConfig = ADAMW,
+    config: Config, num_devices: int, memory: int | None = None, networks_of: NetworksOf = networks
 ) -> tuple[MeshConfig, str]:
     """Fill the axes that are left open, and check that the mesh divides devices, batch, heads and widths.
 
-    `fsdp` is the smallest that lets the training state (`state_bytes`: 16 bytes a parameter with AdamW) take at most
-    half of each device's memory; where the batch or the width admits no such one, `tensor` helps out. `data` is what
-    is left over. The vocabulary is checked where it is known already.
+    `fsdp` is the smallest that lets the training state (`state_bytes`: with AdamW 16 bytes a parameter that is trained,
+    and 4 of one that is not) take at most half of each device's memory; where the batch or the width admits no such
+    one, `tensor` helps out. `data` is what is left over. The vocabulary is checked where it is known already.
 
     Args:
         memory: bytes that one device can hold; None: unknown, and nothing is split that was not asked for.
+        networks_of: the models that the stage holds, with what is known of its data.
 
     Returns:
         The mesh without open axes, and why it is this one.
@@ -149,44 +149,35 @@ def resolve_mesh(
     Raises:
         UserError: a product or a size that does not divide, with the nearest that does.
     """
-    filled, reason = _fill(mesh, num_devices, model, training, memory, optimizer)
-    _check(filled, num_devices, model, training)
+    filled, reason = _fill(config, num_devices, memory, networks_of)
+    _check(filled, num_devices, config.model, config.training)
     return filled, reason
 
 
-def require_fits(
-    mesh: MeshConfig,
-    model: ModelConfig,
-    training: TrainingConfig,
-    memory: int | None,
-    optimizer: OptimizerConfig = ADAMW,
-) -> None:
+def require_fits(config: Config, memory: int | None, networks_of: NetworksOf = networks) -> None:
     """Refuse a micro-batch of which even the least that a step must hold is more than a device's memory.
 
     An estimate (`activation_bytes`) may be wrong where this passes: XLA has the last word when it compiles.
 
     Args:
-        mesh: without open axes.
-        model: `vocab_size` and `compute_dtype` may be open still.
+        config: its mesh without open axes; vocabulary and compute type may be open still.
         memory: as `resolve_mesh`.
+        networks_of: as `resolve_mesh`.
 
     Raises:
         UserError: it does not fit; says what would.
     """
     if memory is None:
         return
-    known = dataclasses.replace(
-        model, vocab_size=model.vocab_size or 1, compute_dtype=model.compute_dtype or "bfloat16"
-    )
+    mesh, training, models = config.mesh, config.training, networks_of(config)
     micro, shards = training.resolved_micro_batch_size, mesh.data * mesh.fsdp
-    T = training.resolved_sequence_length(model)
     split = mesh.fsdp * mesh.context * mesh.tensor
-    state = state_bytes(known, optimizer) / split
+    state = state_bytes(models, config.optimizer) / split
     # Without accumulation the gradient comes while activations go.
-    held = state_bytes(known, optimizer, gradients=micro < training.batch_size) / split
+    held = state_bytes(models, config.optimizer, gradients=micro < training.batch_size) / split
 
     def activations(size: int) -> Memory:
-        return activation_bytes(known, mesh, size, training.loss_chunk_tokens, num_tokens=T)
+        return memory_of_pass(models, mesh, size, training.loss_chunk_tokens)
 
     needed = held + activations(micro).least
     if needed <= memory:
@@ -197,13 +188,13 @@ def require_fits(
     advice = (
         f"the largest training.micro_batch_size that fits is {fitting[-1]}"
         if fitting
-        else f"not even {shards} would: model.remat full, training.loss_chunk_tokens {T}, a shorter "
-        "training.sequence_length, or more devices for mesh.fsdp help"
+        else f"not even {shards} would: model.remat full, training.loss_chunk_tokens "
+        f"{models[0].rows[0].num_tokens}, a shorter training.sequence_length, or more devices for mesh.fsdp help"
     )
     raise UserError(
-        f"a micro-batch of {micro} sequences of {T} tokens needs at least {needed / 1e9:.3g} GB on each device, "
-        f"{held / 1e9:.3g} GB of it for parameters and optimizer state and the rest for activations, but a device has "
-        f"{memory / 1e9:.3g} GB; {advice}"
+        f"a micro-batch of {micro} sequences of {described(models)} needs at least {needed / 1e9:.3g} GB on each "
+        f"device, {held / 1e9:.3g} GB of it for parameters and optimizer state and the rest for activations, "
+        f"but a device has {memory / 1e9:.3g} GB; {advice}"
     )
 
 
@@ -217,18 +208,12 @@ def refit_mesh(saved: MeshConfig, requested: MeshConfig, num_devices: int) -> Me
     return MeshConfig() if as_before and not fits else mesh
 
 
-def _fill(
-    mesh: MeshConfig,
-    num_devices: int,
-    model: ModelConfig,
-    training: TrainingConfig,
-    memory: int | None,
-    optimizer: OptimizerConfig,
-) -> tuple[MeshConfig, str]:
+def _fill(config: Config, num_devices: int, memory: int | None, networks_of: NetworksOf) -> tuple[MeshConfig, str]:
+    mesh, model, training = config.mesh, config.model, config.training
     asked = [name for name in ("data", "fsdp", "tensor") if getattr(mesh, name) is not None]
     if mesh.context > 1:
         asked.append("context")
-    whole = state_bytes(dataclasses.replace(model, vocab_size=model.vocab_size or 1), optimizer)
+    whole = state_bytes(networks_of(config), config.optimizer)
     small = memory is None or whole <= STATE_SHARE * memory
     for fsdp, tensor in _candidates(mesh, num_devices, model, training, widest_tensor=1 if small else WIDEST_TENSOR):
         others = fsdp * mesh.context * tensor

@@ -152,6 +152,6 @@ def test_the_largest_weights_are_shares_as_any(tmp_path):
     """Their sum is no number that a computer has, so that each would be told as 0 %."""
     from gptjax.stages.messages import _epochs
 
-    lines = [*_epochs({"a": range(10), "b": range(30)}, (1e308, 1e308), sequences=60, sequence_length=4)]
+    lines = [*_epochs({"a": range(10), "b": range(30)}, (1e308, 1e308), sequences=60, sequence_tokens=4)]
     assert lines == ["  50 % from a: 40 tokens, 3 epochs", "  50 % from b: 120 tokens, 1 epochs"]
     assert [line[:7] for line in _epochs({"a": range(10), "b": range(30)}, (1.0, 3.0), 60, 4)] == ["  25 % ", "  75 % "]

@@ -9,7 +9,7 @@ from gptjax.recipe import load_recipe
 from gptjax.resolve import evaluation_sequences
 from gptjax.scaling.depth import of_depth
 from gptjax.scaling.study import load_study
-from gptjax.stages import rl
+from gptjax.stages import iterations
 from gptjax.training.schedule import Progress, batch_size, final_progress
 
 WHOLE = {"quickstart", "shakespeare_char_cpu", "shakespeare_char_gpu", "shakespeare_speedrun"}
@@ -27,7 +27,7 @@ def test_an_evaluation_costs_little(name):
     """Of the training since the last one 6 % at most, a forward pass being a third of a step, and its filled-up last
     micro-batch counted; or no more than 64 sequences, or, if they are more, a micro-batch."""
     config = EVERY_RUN[name]
-    config = rl.configure(config) if config.stage in ("ppo", "grpo") else config
+    config = iterations.configure(config) if config.stage in ("ppo", "grpo") else config
     training, progress = config.training, Progress()
     number, micro = evaluation_sequences(training), training.resolved_micro_batch_size
     if name in WHOLE:

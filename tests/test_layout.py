@@ -18,10 +18,13 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.safety_config": 0,
     "gptjax.errors": 0,
     "gptjax.checks": 0,
+    "gptjax.streams": 0,
+    "gptjax.plain_files": 0,
     "gptjax.presets": 0,
     "gptjax.resolve": 0,
     "gptjax.parametrization": 0,
     "gptjax.model.accounting": 0,  # arithmetic on a configuration
+    "gptjax.model.workload": 0,
     "gptjax.model.devices": 0,
     "gptjax.sampling.config": 0,
     "gptjax.text": 1,
@@ -29,6 +32,7 @@ FLOORS = {  # DESIGN: "Import downward only"; longer names win over the folders 
     "gptjax.parallel": 1,
     "gptjax.model": 2,
     "gptjax.training": 3,
+    "gptjax.training.schedule": 0,  # arithmetic: plans and studies make steps of tokens
     "gptjax.sampling": 3,
     "gptjax.stages": 4,
     "gptjax.evaluation": 4,
@@ -60,12 +64,14 @@ STANDARD_LIBRARY_ONLY = (
         "gptjax.safety_config",
         "gptjax.checks",
         "gptjax.errors",
+        "gptjax.streams",
+        "gptjax.plain_files",
         "gptjax.presets",
         "gptjax.sampling.config",
     ),
-    *("gptjax.resolve", "gptjax.model.accounting", "gptjax.parametrization"),
+    *("gptjax.resolve", "gptjax.model.accounting", "gptjax.model.workload", "gptjax.parametrization"),
     *("gptjax.model.devices", "gptjax.scaling.laws", "gptjax.scaling.study", "gptjax.scaling.plan"),
-    "gptjax.scaling.depth",
+    *("gptjax.scaling.depth", "gptjax.training.schedule"),
 )
 MAX_LINES = 350
 MAX_LINES_OF = {"gptjax/config.py": 500}  # one line of doc under every field of a run

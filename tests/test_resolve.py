@@ -1,6 +1,7 @@
 """What is filled from the devices and the tokenizer, and what is refused because it does not fit them."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,23 @@ from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, Trai
 from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
+from gptjax.model.workload import Rows, memory_of_pass, networks, sequence_tokens, state_bytes
 from gptjax.presets import gpt3
 from gptjax.resolve import evaluation_sequences, refit_mesh, require_fits, resolve, resolve_mesh
+from gptjax.training.schedule import final_progress
+from gptjax.tuning_config import LoraConfig
 
 CPUS = [SimpleNamespace(platform="cpu")] * 8
 TOKENIZER = SimpleNamespace(vocab_size=300)
+ONE = MeshConfig(data=1, fsdp=1, tensor=1)
 SMALL = {"model_dim": 32, "num_heads": 4, "vocab_size": 300}
+
+
+def of(model, batch_size, mesh=None, *, optimizer=None, **training):
+    """A configuration to judge."""
+    training = TrainingConfig(batch_size=batch_size, **training)
+    optimizer = optimizer or OptimizerConfig()
+    return Config(model=model, mesh=mesh or MeshConfig(), optimizer=optimizer, training=training)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +51,7 @@ def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):
     """Which dimension, which axis, and what would divide."""
     training = TrainingConfig(**(batch | {"batch_size": 8} if isinstance(batch, dict) else {"batch_size": batch}))
     with pytest.raises(UserError) as error:
-        resolve_mesh(mesh, 8, ModelConfig(**SMALL | model), training)
+        resolve_mesh(Config(mesh=mesh, model=ModelConfig(**SMALL | model), training=training), 8)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -55,7 +67,7 @@ def test_refuses_a_mesh_that_does_not_divide(mesh, model, batch, words):
 )
 def test_open_axes_make_up_the_devices(asked, expected):
     """Where the memory of a device is unknown, as on a CPU, nothing is split that was not asked for."""
-    mesh, reason = resolve_mesh(MeshConfig(**asked), 8, ModelConfig(**SMALL), TrainingConfig(batch_size=8))
+    mesh, reason = resolve_mesh(of(ModelConfig(**SMALL), 8, MeshConfig(**asked)), 8)
     assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == expected
     assert "unknown" in reason
 
@@ -75,7 +87,7 @@ def test_the_least_is_split_that_fits_half_of_the_memory(size, devices, memory, 
     """16 bytes a parameter may take half: `fsdp` grows until they do, then `tensor`."""
     config = gpt3(size)
     model = ModelConfig(**{**vars(config.model), "vocab_size": 50257})
-    mesh, reason = resolve_mesh(MeshConfig(), devices, model, TrainingConfig(batch_size=batch), int(memory))
+    mesh, reason = resolve_mesh(of(model, batch), devices, int(memory))
     assert (mesh.data, mesh.fsdp, mesh.context, mesh.tensor) == expected
     state = 16 * parameter_counts(model)["total"]
     assert state / (mesh.fsdp * mesh.tensor) <= memory / 2
@@ -89,18 +101,17 @@ def test_muon_keeps_less():
     refused for them is let through."""
     model, muon = gpt2(num_layers=48, model_dim=1600, num_heads=25), OptimizerConfig(kind="muon")
     for optimizer, fsdp in ((OptimizerConfig(), 2), (muon, 1)):
-        mesh, _ = resolve_mesh(MeshConfig(), 2, model, TrainingConfig(batch_size=8), 45 * 10**9, optimizer)
+        mesh, _ = resolve_mesh(of(model, 8, optimizer=optimizer), 2, 45 * 10**9)
         assert mesh.fsdp == fsdp
-    mesh, few = MeshConfig(data=1, fsdp=1, tensor=1), TrainingConfig(batch_size=1)
     model = dataclasses.replace(model, remat="full")
     with pytest.raises(UserError, match=r"18\.7 GB of it"):
-        require_fits(mesh, model, few, 18 * 10**9)
-    require_fits(mesh, model, few, 18 * 10**9, muon)
+        require_fits(of(model, 1, ONE), 18 * 10**9)
+    require_fits(of(model, 1, ONE, optimizer=muon), 18 * 10**9)
 
 
 def test_says_when_no_mesh_fits():
     model = ModelConfig(**{**vars(gpt3("175B").model), "vocab_size": 50257})
-    _, reason = resolve_mesh(MeshConfig(), 2, model, TrainingConfig(batch_size=8), 80 * 10**9)
+    _, reason = resolve_mesh(of(model, 8), 2, 80 * 10**9)
     assert "more than half" in reason
 
 
@@ -160,15 +171,14 @@ def gpt2(**changes):
 def test_refuses_a_batch_that_cannot_fit():
     """Before anything compiles: with the estimate, what a device has, and the largest micro-batch that divides the
     batch and fits. GPT-2 small with 512 sequences of 1024 tokens would hold 53 GB of logits alone."""
-    mesh = MeshConfig(data=1, fsdp=1, tensor=1)
     with pytest.raises(UserError) as error:
-        require_fits(mesh, gpt2(), TrainingConfig(batch_size=512), 80 * 10**9)
+        require_fits(of(gpt2(), 512, ONE), 80 * 10**9)
     text = str(error.value)
     assert "512 sequences" in text
     assert "a device has 80 GB" in text
     works = int(text.rsplit(" ", 1)[1])
     assert works == 128
-    require_fits(mesh, gpt2(), TrainingConfig(batch_size=512, micro_batch_size=works), 80 * 10**9)
+    require_fits(of(gpt2(), 512, ONE, micro_batch_size=works), 80 * 10**9)
 
 
 @pytest.mark.parametrize(
@@ -181,16 +191,15 @@ def test_refuses_a_batch_that_cannot_fit():
     ],
 )
 def test_what_takes_less_memory_is_let_through(changes, training):
-    mesh = MeshConfig(data=1, fsdp=1, tensor=1)
-    require_fits(mesh, gpt2(**changes), TrainingConfig(batch_size=512, **training), 80 * 10**9)
+    require_fits(of(gpt2(**changes), 512, ONE, **training), 80 * 10**9)
 
 
 def test_what_no_micro_batch_mends():
     """A model whose state alone is too large, and a device whose memory nobody knows."""
-    mesh, model = MeshConfig(data=1, fsdp=1, tensor=1), gpt2(num_layers=48, model_dim=1600, num_heads=25)
+    model = gpt2(num_layers=48, model_dim=1600, num_heads=25)
     with pytest.raises(UserError, match=r"not even 1 would: model\.remat full"):
-        require_fits(mesh, model, TrainingConfig(batch_size=8), 8 * 10**9)
-    require_fits(mesh, model, TrainingConfig(batch_size=8), None)
+        require_fits(of(model, 8, ONE), 8 * 10**9)
+    require_fits(of(model, 8, ONE), None)
 
 
 def test_offload_needs_memory_of_the_host():
@@ -210,3 +219,50 @@ def test_offload_needs_memory_of_the_host():
 def test_resolve_refuses_another_vocabulary():
     with pytest.raises(UserError, match=r"299.*300"):
         resolve(Config(model=ModelConfig(vocab_size=299), run_dir="a"), CPUS, TOKENIZER)
+
+
+def stage_of(stage, model, batch_size=8, **sections):
+    """A stage to judge, on one device, that computes a row at once and keeps as little of it as it can."""
+    training = {"micro_batch_size": 1, "loss_chunk_tokens": 512}
+    return dataclasses.replace(of(model, batch_size, ONE, **training), stage=stage, **sections)
+
+
+def test_adapters_fit_where_training_does_not():
+    """LoRA of 8.0e9 parameters keeps 32 GB and no moments of them: a device of 80 GB holds it, not full training."""
+    shape = {"num_layers": 32, "model_dim": 4096, "num_heads": 32, "num_kv_heads": 8, "ffn_dim": 14336}
+    model = gpt2(**shape, vocab_size=128256, feed_forward="swiglu", tie_embeddings=False, bias=False, remat="full")
+    adapted = stage_of("sft", model, lora=LoraConfig(rank=8))
+    require_fits(adapted, 80 * 10**9)
+    alone = dataclasses.replace(adapted, training=TrainingConfig(batch_size=8), mesh=MeshConfig())
+    assert resolve_mesh(alone, 8, 80 * 10**9)[0].fsdp == 1
+    with pytest.raises(UserError, match=r"\d+ GB of it for parameters and optimizer state"):
+        require_fits(stage_of("sft", model), 80 * 10**9)
+
+
+def test_all_models_of_a_stage_are_counted():
+    """PPO holds a critic, an average, a reference and a judge beside its policy, and a reward model learns from as many
+    rows as a prompt has answers."""
+    model = gpt2(num_layers=32, model_dim=2560, num_heads=32, remat="full")
+    one, critic = 4 * parameter_counts(model)["total"], dataclasses.replace(model, value_head=True)
+    require_fits(stage_of("sft", model), 50 * 10**9)
+    with pytest.raises(UserError, match="state"):
+        require_fits(stage_of("ppo", model), 80 * 10**9)
+    held = state_bytes(networks(stage_of("ppo", model), judge=critic), OptimizerConfig(), gradients=False)
+    assert held == pytest.approx((3 + 3 + 1 + 1 + 1) * one, rel=1e-3)
+    reward, nine = stage_of("reward", gpt2()), networks(stage_of("reward", gpt2()), Rows(9, 1024))
+    least = [memory_of_pass(models, ONE, 4).least for models in (networks(reward, Rows(1, 1024)), nine)]
+    assert least[1] == pytest.approx(9 * least[0])
+    assert sequence_tokens(nine) == 9 * 1024
+
+
+def test_epochs_count_the_rows_that_a_growing_batch_sees():
+    """An epoch is one whatever the batch grows from, and however many tokens a sequence has."""
+    ramp = {"micro_batch_size": 4, "batch_ramp_start": 4, "batch_ramp_tokens": 1_000_000}
+    training = TrainingConfig(steps=None, epochs=1, batch_size=64, **ramp)
+    model, rows = ModelConfig(**SMALL | {"context_length": 128}), Rows(2, 32)
+    for stage, tokens in (("pretrain", 128), ("dpo", 64)):
+        config = Config(stage=stage, model=model, training=training, run_dir="x", mesh=ONE)
+        known = functools.partial(networks, rows=rows if stage == "dpo" else None)
+        steps = resolve(config, CPUS[:1], TOKENIZER, num_rows=10_000, networks_of=known).training.steps
+        seen = [final_progress(dataclasses.replace(training, steps=n), tokens).sequences for n in (steps - 1, steps)]
+        assert seen[0] < 10_000 <= seen[1]

@@ -1,7 +1,6 @@
 """`python -m gptjax attention RUN --text TEXT`: what the heads look at, and what each layer would predict."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +142,4 @@ def _show_lens(run: "Run", parsed: AttentionArguments, token_ids: list[int], lab
 
 def _write_json(run: "Run", parsed: AttentionArguments, numbers: dict[str, Any]) -> None:
     """Before a picture is drawn: what was computed is not lost where that fails."""
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            print(json.dumps({"run": str(run.directory), "step": run.step} | numbers, ensure_ascii=False), file=file)
+    cli.write_json(parsed.json, {"run": str(run.directory), "step": run.step} | numbers)

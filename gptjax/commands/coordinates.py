@@ -1,7 +1,6 @@
 """`python -m gptjax coordinates CONFIG`: whether training moves models of all widths, or of all depths, alike."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,10 +109,8 @@ def main(arguments: Sequence[str]) -> int:
                 )
                 say(f"{name}, {parsed.axis} {size}: done")
     slope = {name: slopes(records, parsed.steps) for name, records in found.items()}
-    if parsed.json is not None:
-        records = [record._asdict() for group in found.values() for record in group]
-        with cli.open_output(parsed.json) as output:
-            print(json.dumps({"axis": parsed.axis, "slopes": slope, "coordinates": records}), file=output)
+    records = [record._asdict() for group in found.values() for record in group]
+    cli.write_json(parsed.json, {"axis": parsed.axis, "slopes": slope, "coordinates": records})
     if parsed.json != "-":
         _show(parsed, slope)
     if parsed.out is not None:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -36,8 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     cli.check_output("--json", parsed.json)
     found = collect()
     if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            print(json.dumps(found), file=file)
+        cli.write_json(parsed.json, found)
         return 0
     for title, values in found.items():
         print(title)

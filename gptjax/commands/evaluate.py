@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -84,10 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         results = [_evaluate(directory, parsed) for directory in runs]
     if parsed.json != "-":
         _print_tables(results)
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            for result in results:
-                print(json.dumps(result, ensure_ascii=False), file=file)
+    cli.write_json(parsed.json, *results)
     if parsed.out is not None:
         plot_positions({r["run"]: r["nats_per_token_by_position"] for r in results}, parsed.out)
     return 0
@@ -105,17 +101,19 @@ def _evaluate(directory: Path, parsed: EvaluateArguments) -> dict[str, Any]:
     model = run.config.model
     if parsed.batch_size < 1:
         raise UserError(f"--batch-size is {parsed.batch_size}, but must be at least 1")
-    documents = list(_documents(run, parsed, skipped := Counter()))
+    usual = min(run.config.sequence_length, model.context_length)
+    documents, first, num_tokens = _documents(run, parsed, skipped := Counter()), [], 0
     for reason, count in sorted(skipped.items()):
         cli.print_to_stderr(f"skipped {count} {reason}")
-    num_tokens = sum(len(document.token_ids) for document in documents)
-    usual = min(run.config.sequence_length, model.context_length, max(1, num_tokens))
-    length = usual if parsed.context_length is None else parsed.context_length
+    while num_tokens < (parsed.context_length or usual) and (document := next(documents, None)) is not None:
+        first.append(document)
+        num_tokens += len(document.token_ids)
+    length = min(usual, max(1, num_tokens)) if parsed.context_length is None else parsed.context_length
     if num_tokens < length:
         nearest = f"; --context-length {num_tokens} works" if num_tokens else ""
         raise UserError(f"the text has {num_tokens} tokens, fewer than one window of {length}{nearest}")
     found = evaluate_documents(
-        *(model, run.params, documents, run.tokenizer.document_start[-1]),
+        *(model, run.params, itertools.chain(first, documents), run.tokenizer.document_start[-1]),
         opens=bool(run.tokenizer.opening),
         window_tokens=length,
         stride=parsed.stride,
@@ -148,7 +146,7 @@ def _documents(run: "Run", parsed: EvaluateArguments, skipped: Counter[str]) -> 
     if not prepared:
         data = DataConfig(path=parsed.data, text_field=parsed.text_field)
         documents = read_documents(data, skipped, text_field_option="--text-field", can_skip=False)
-        return tokenize(documents, run.tokenizer)
+        return iter([*tokenize(documents, run.tokenizer)])  # a text that cannot be read is refused before, not midway
     data = dataclasses.replace(run.config.data, path=parsed.data, weights=()) if parsed.data else run.config.data
     tokenizer = run.tokenizer if run.config.tokenizer.path else run.config.tokenizer
     opened = prepare(data, tokenizer, log=cli.print_to_stderr)
@@ -163,8 +161,7 @@ def _documents(run: "Run", parsed: EvaluateArguments, skipped: Counter[str]) -> 
             f"{opened.folder} was made with another tokenizer than {run.directory}; give text as --data, which the "
             "run's own tokenizer reads"
         )
-    tokens = opened.tokens("validation")
-    return split_documents(tokens[0 : len(tokens)], run.tokenizer)
+    return split_documents(opened.tokens("validation"), run.tokenizer)
 
 
 def _as_dict(found: "Evaluation") -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`python -m gptjax fit RUNS|TABLE.csv`: the scaling laws that runs follow."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,8 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     flops = parsed.flops or tuple(factor * float(table.more["flops"].max()) for factor in (10, 100))
     if parsed.json is not None:
-        with cli.open_output(parsed.json) as output:
-            print(json.dumps(to_json(found, asked, flops)), file=output)
+        cli.write_json(parsed.json, to_json(found, asked, flops))
     if parsed.json != "-":
         show(found, asked, flops)
     if parsed.out is not None:

@@ -1,6 +1,5 @@
 """`python -m gptjax plan CONFIG`: what a run will need, take, cost and reach."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from gptjax.commands.plan_compiled import compile_plan, show_compiled
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.devices import Device, named
+from gptjax.plain_files import read_json
 from gptjax.scaling.laws import LossLaw, short
 from gptjax.scaling.plan import EFFICIENCY, LAWS, USABLE, Forecast, MemoryPlan, Plan, make_plan
 
@@ -99,9 +99,7 @@ def main(arguments: Sequence[str]) -> int:
         quadratic=config.model.attention_kernel == "xla",
     )
     compiled = compile_plan(config, plan, device, parsed.hlo) if parsed.compile else None
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as output:
-            print(json.dumps(_as_json(plan) | (compiled or {}) | {"compiled": compiled}), file=output)
+    cli.write_json(parsed.json, _as_json(plan) | (compiled or {}) | {"compiled": compiled})
     if parsed.json != "-":
         if target.name.startswith("depth") and not target.exists():
             from gptjax.scaling.depth import explain
@@ -122,7 +120,7 @@ def _described(peak_tflops: float | None, memory_gb: float | None, bandwidth: fl
 def _fitted(path: str) -> tuple[tuple[LossLaw, ...], tuple[LossLaw, ...]]:
     """The law of a fit, and those of its resamples."""
     try:
-        card = json.loads(Path(path).read_text(encoding="utf-8"))
+        card = read_json(Path(path))
         known = {"name": "your fit", "source": path, "counts": card["counts"]}
         ranges = {name: tuple(card[name]) for name in ("parameters_range", "tokens_range")}
         coefficients = [card[name] for name in ("E", "A", "B", "alpha", "beta")]
@@ -158,7 +156,7 @@ def show(plan: Plan) -> None:
 def _show_memory(plan: Plan) -> None:
     device, micro = plan.device, plan.training.resolved_micro_batch_size
     holds = "unknown memory" if device.memory_bytes is None else f"{device.memory_bytes / 1e9:.4g} GB"
-    rows = f"micro-batch of {micro} × {plan.training.resolved_sequence_length(plan.model)} tokens"
+    rows = f"micro-batch of {micro} × {plan.sequence}"
     title = f"GB on each of {plan.count} {device.name} ({holds}), {rows}, {plan.model.compute_dtype}"
     table = cli.make_table(
         title, "remat", "parameters", "optimizer", "gradients", "copies", "activations", "logits", "together", "fits",
@@ -237,7 +235,7 @@ def measured_mfu(device: Device) -> list[str]:
     """What `benchmarks/results/` of a checkout has of this device: the best MFU of each shape that was trained."""
     folder, best = Path(__file__).parents[2] / "benchmarks" / "results", {}
     for path in sorted(folder.glob("*.json")):
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
         for row in rows if isinstance(rows, list) else [rows]:
             if not isinstance(row, dict) or row.get("device") not in device.kinds:
                 continue
@@ -273,20 +271,22 @@ def dry_run(config: Config) -> int:
     from gptjax.model.devices import of_kind
     from gptjax.model.kernels import choose, this_machine, training_calls
     from gptjax.resolve import memory_bytes, resolve
+    from gptjax.stages import start
     from gptjax.stages.dry_run import first_rows
     from gptjax.stages.messages import of_length
 
     rows = first_rows(config, log=print)
     devices = jax.devices()
     config = dataclasses.replace(rows.config, run_dir=config.run_dir or "runs")
-    resolved = resolve(config, devices, rows.data.tokenizer, num_rows=rows.data.num_rows)
+    networks_of = start.networks_of(config, rows.data.rows)
+    resolved = resolve(config, devices, rows.data.tokenizer, num_rows=rows.data.num_rows, networks_of=networks_of)
     known = of_kind(devices[0].device_kind) or Device(devices[0].device_kind, (), None, None, None)
     memory = memory_bytes(devices[0])
     device = known if memory is None else known._replace(memory_bytes=memory / USABLE)
     documents = config.separates_documents
     calls = training_calls(resolved.model, resolved.sequence_length, documents=documents, context=resolved.mesh.context)
     chosen = {choose(call, this_machine(), resolved.model.attention_kernel) for call in calls.values()}
-    show(make_plan(resolved, device, len(devices), quadratic="xla" in chosen))
+    show(make_plan(resolved, device, len(devices), quadratic="xla" in chosen, networks_of=networks_of))
     print(*of_length(resolved), sep="\n")
     show_rows(rows)
     print("dry run: nothing was trained, and no run was begun")

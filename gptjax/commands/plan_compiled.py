@@ -5,6 +5,7 @@ from typing import Any
 
 from gptjax import cli
 from gptjax.config import Config
+from gptjax.errors import UserError
 from gptjax.model.accounting import mfu
 from gptjax.model.devices import Device
 from gptjax.scaling.plan import Plan
@@ -23,8 +24,11 @@ def compile_plan(config: Config, plan: Plan, device: Device, hlo_file: str | Non
         `predicted_tokens_per_second`, `predicted_mfu`, `collectives_alone_ms`.
 
     Raises:
-        UserError: so many devices form no topology, or the compiler refuses the program.
+        UserError: the stage has another step; so many devices form no topology; or the compiler refuses the program.
     """
+    if config.stage not in ("pretrain", "sft") or config.lora.rank:
+        what = "adapters" if config.lora.rank else f"stage {config.stage}"
+        raise UserError(f"--compile knows the step that trains all weights on text, not {what}; leave it out")
     from gptjax.parallel import absent, platform
 
     platform.configure()
@@ -36,7 +40,6 @@ def compile_plan(config: Config, plan: Plan, device: Device, hlo_file: str | Non
 
     import jax
 
-    from gptjax.errors import UserError
     from gptjax.parallel.collectives import bytes_by_kind
     from gptjax.scaling.compiled import compile_step
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -50,7 +49,5 @@ def main(arguments: Sequence[str]) -> int:
 
     log = print if parsed.json != "-" else cli.print_to_stderr
     prepared = preparation.prepare(parsed.data, parsed.tokenizer, parsed.out, log=log)
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            print(json.dumps({"folder": str(prepared.folder)} | dataclasses.asdict(prepared.index)), file=file)
+    cli.write_json(parsed.json, {"folder": str(prepared.folder)} | dataclasses.asdict(prepared.index))
     return 0

@@ -1,7 +1,6 @@
 """`python -m gptjax study STUDY.py`: a scaling study, trained, fitted, predicted and compared."""
 
 import functools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -83,9 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         say(f"stopped; the same command goes on: {_command(file, parsed)}")
         return stop.status
     failed = [result for result in found if result.status not in ENDED]
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as output:
-            print(json.dumps([_row(result) for result in found]), file=output)
+    cli.write_json(parsed.json, [_row(result) for result in found])
     if parsed.json != "-":
         _show_results(found)
     for row in comparison(found, folder):

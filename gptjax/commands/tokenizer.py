@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -106,7 +105,7 @@ def _train(arguments: Sequence[str]) -> int:
     if parsed.json != "-":
         print(f"{tokenizer.kind} of {tokenizer.vocab_size:,} tokens, trained on {trained_on:,} characters: {out}")
         _print_compression(rows)
-    _write_json(found, parsed.json)
+    cli.write_json(parsed.json, found)
     return 0
 
 
@@ -148,7 +147,7 @@ def _show(arguments: Sequence[str]) -> int:
         found["compression"] = _compression(tokenizer, data, parsed.megabytes, **options)
         if parsed.json != "-":
             _print_compression(found["compression"])
-    _write_json(found, parsed.json)
+    cli.write_json(parsed.json, found)
     return 0
 
 
@@ -205,9 +204,3 @@ def _print_compression(rows: list[dict[str, Any]]) -> None:
         ratios = (f"{row['bytes'] / tokens:.3f}", f"{row['characters'] / tokens:.3f}")
         table.add_row(row["source"], *ratios, f"{row['tokens']:,}", f"{row['bytes']:,}")
     cli.print_wide(table)
-
-
-def _write_json(found: dict[str, Any], path: str | None) -> None:
-    if path is not None:
-        with cli.open_output(path) as file:
-            print(json.dumps(found, ensure_ascii=False), file=file)

@@ -1,6 +1,5 @@
 """`python -m gptjax verify RUN`: whether anything of a run at rest is damaged."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     platform.configure()
     parts = list(check_run(Path(run)))
     damaged = any(part.status in ("damaged", "foreign") for part in parts)
-    if parsed.json is not None:
-        with cli.open_output(parsed.json) as file:
-            found = {"run": run, "damaged": damaged, "parts": [part._asdict() for part in parts]}
-            print(json.dumps(found, ensure_ascii=False), file=file)
+    cli.write_json(parsed.json, {"run": run, "damaged": damaged, "parts": [part._asdict() for part in parts]})
     if parsed.json != "-":
         table = cli.make_table("", "part", "status", "")
         table.columns[1].justify = table.columns[2].justify = "left"

@@ -1,6 +1,9 @@
 """Rows of tokens in training order and in file order. Legend: B batch, T tokens."""
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -73,6 +76,41 @@ class _Shared:
         return self._order[self._position + batch * self._share.batch_size + int(self._share.rows[row])]
 
 
+class _Mixture:
+    """Endless orders of rows, mixed in proportion to weights.
+
+    Evenly: after any number of rows each source has had its share of them, give or take one for each source before it.
+    Shares are the weights' as they are written, 0.7 seven tenths; Grain's own mixture rounds them by up to 1 %. Where
+    it does not, the order is its order.
+    """
+
+    def __init__(self, orders: Sequence[grain.MapDataset], weights: Sequence[float]):
+        exact = [Fraction(repr(weight)) for weight in weights]
+        unit = math.lcm(*(weight.denominator for weight in exact))
+        self._orders, self._shares = orders, [int(weight * unit) for weight in exact]
+
+    def __len__(self) -> int:
+        return min(map(len, self._orders))
+
+    def __getitem__(self, index: int) -> Any:
+        number, row = self.place(index)
+        return self._orders[number][row]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The source that gives this row, and which of its own it is.
+
+        Of the rows that the sources before leave over, each source takes those at which its share gains a whole row.
+        """
+        left = sum(self._shares)
+        for number, share in enumerate(self._shares):
+            rest = left - share
+            others, others_after = index * rest // left, (index + 1) * rest // left
+            if others == others_after:
+                return number, index - others
+            index, left = others, rest
+        raise AssertionError("the last source leaves nothing over")
+
+
 def stack(rows: Sequence[Any]) -> Any:
     """Rows as one array, or, where each is a mapping, as one array for each name."""
     if isinstance(rows[0], Mapping):
@@ -112,7 +150,7 @@ class RowStream:
         orders = [
             grain.MapDataset.source(rows).seed(seed + number).shuffle().repeat() for number, rows in enumerate(sources)
         ]
-        order = grain.MapDataset.mix(orders, weights=weights) if len(orders) > 1 else orders[0]
+        order = grain.MapDataset.source(_Mixture(orders, weights)) if len(orders) > 1 else orders[0]
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_rows)
         mine = order[position:] if share is None else grain.MapDataset.source(_Shared(order, share, position))
         self._iterator = iter(mine.to_iter_dataset(options))
@@ -133,10 +171,10 @@ class RowStream:
         self._iterator.close()
 
 
-def evenly_spaced(total: int, limit: int) -> list[int]:
+def evenly_spaced(total: int, limit: int) -> Iterator[int]:
     """Numbers of `limit` (0: all) of so many rows, in order."""
     count = min(limit, total) if limit else total
-    return [number * total // count for number in range(count)]
+    return (number * total // count for number in range(count))
 
 
 def evaluation_rows(rows: Rows, batch_size: int, limit: int, share: Share | None = None) -> Iterator[tuple[Any, int]]:
@@ -149,7 +187,6 @@ def evaluation_rows(rows: Rows, batch_size: int, limit: int, share: Share | None
     """
     mine = range(batch_size) if share is None else share.rows
     chosen = evenly_spaced(len(rows), limit)
-    for start in range(0, len(chosen), batch_size):
-        batch = chosen[start : start + batch_size]
+    while batch := [*itertools.islice(chosen, batch_size)]:
         filled = batch + batch[-1:] * (batch_size - len(batch))
         yield stack([rows[filled[number]] for number in mine]), len(batch)

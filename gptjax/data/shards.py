@@ -6,10 +6,14 @@ each document.
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import mmap
 import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +27,10 @@ from gptjax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 FORMAT_VERSION = 2
 INDEX_FILE = "index.json"
 MAX_SHARD_TOKENS = 2**27
+MAX_MAPPED_SHARDS = 128
+"""How many shards are mapped at a time: half the descriptors that macOS gives a process, an eighth of Linux's."""
+# Before Python 3.13 every mapping keeps a descriptor.
+_NO_DESCRIPTOR = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 @dataclass(frozen=True)
@@ -115,13 +123,15 @@ class Index:
 class TokenArray:
     """The tokens of all shards of a split as one array that can be sliced; nothing is read before it is used."""
 
-    def __init__(self, shards: list[np.ndarray], vocab_size: int):
+    def __init__(self, shards: Sequence[Shard], read: Callable[[Shard], np.ndarray], vocab_size: int):
         """
         Args:
+            shards: `file` is a path.
+            read: gives a shard's tokens, each time that they are needed.
             vocab_size: every id must be less, or reading it is an error: a model would take it for another token.
         """
-        self._shards, self._vocab_size = shards, vocab_size
-        self._starts = [0, *itertools.accumulate(len(shard) for shard in shards)]
+        self._shards, self._read, self._vocab_size = shards, read, vocab_size
+        self._starts = [0, *itertools.accumulate(shard.tokens for shard in shards)]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -138,7 +148,7 @@ class TokenArray:
         first = max(0, bisect.bisect_right(self._starts, start, hi=len(self._shards)) - 1)
         last = max(first + 1, bisect.bisect_left(self._starts, stop, hi=len(self._shards)))
         pieces = [
-            shard[max(0, start - offset) : max(0, stop - offset)]
+            self._read(shard)[max(0, start - offset) : max(0, stop - offset)]
             for shard, offset in zip(self._shards[first:last], self._starts[first:last], strict=True)
         ]
         for piece in pieces:
@@ -150,8 +160,8 @@ class TokenArray:
         number = bisect.bisect_right(self._starts, index) - 1
         shard, place = self._shards[number], index - self._starts[number]
         raise UserError(
-            f"{getattr(shard, 'filename', 'a shard')} was changed: its token {place} is {shard[place]}, but there are "
-            f"only {self._vocab_size} tokens; delete its folder and prepare it again"
+            f"{shard.file} was changed: its token {place} is {self._read(shard)[place]}, but there are only "
+            f"{self._vocab_size} tokens; delete its folder and prepare it again"
         )
 
 
@@ -165,17 +175,42 @@ class PreparedData:
 
     def tokens(self, split: SplitName) -> TokenArray:
         """All tokens of a split, memory-mapped, one source after the other."""
-        return TokenArray(
-            [s for source in self.index.sources for s in self._open(source, split)], self.tokenizer.vocab_size
-        )
+        return self._array([shard for source in self.index.sources for shard in source.splits[split].shards])
 
     def tokens_by_source(self, split: SplitName) -> list[TokenArray]:
         """The tokens of a split, apart for each source."""
-        return [TokenArray(self._open(source, split), self.tokenizer.vocab_size) for source in self.index.sources]
+        return [self._array(source.splits[split].shards) for source in self.index.sources]
 
-    def _open(self, source: SourceIndex, split: SplitName) -> list[np.ndarray]:
-        shards = source.splits[split].shards
-        return [np.memmap(self.folder / shard.file, self.index.dtype, mode="r") for shard in shards if shard.tokens]
+    def _array(self, shards: Sequence[Shard]) -> TokenArray:
+        placed = [dataclasses.replace(shard, file=str(self.folder / shard.file)) for shard in shards if shard.tokens]
+        return TokenArray(placed, self._read, self.tokenizer.vocab_size)
+
+    @functools.cached_property
+    def _read(self) -> Callable[[Shard], np.ndarray]:
+        """Maps shards, and keeps those that were used last; any thread may call it."""
+        # Rows are drawn from all over, so where the shards do not stay mapped, what is read ahead is seldom used.
+        sparse = len(self.index.shards) > MAX_MAPPED_SHARDS
+        read = functools.partial(_map, dtype=np.dtype(self.index.dtype), read_ahead=not sparse)
+        return functools.lru_cache(MAX_MAPPED_SHARDS)(read)
+
+
+def _map(shard: Shard, dtype: np.dtype, read_ahead: bool) -> np.ndarray:
+    """A shard's tokens as its file has them. The mapping ends with the last array that shows it.
+
+    Raises:
+        UserError: the file cannot be mapped, or is shorter than when it was opened.
+    """
+    size = shard.tokens * dtype.itemsize
+    try:
+        with open(shard.file, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, **_NO_DESCRIPTOR)
+    except OSError as error:
+        raise UserError(f"{shard.file} can no longer be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{shard.file} has become shorter than {size} bytes; prepare the data again") from error
+    if not read_ahead and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
 
 
 class ShardWriter:

@@ -13,6 +13,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.data.formats import Document
+from gptjax.data.loader import Tokens
 from gptjax.errors import UserError, at
 from gptjax.evaluation.perplexity import Perplexity
 from gptjax.model.gpt import GPT, Params
@@ -21,12 +22,15 @@ from gptjax.parallel.precision import compute_copy, compute_dtype
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.losses import bounded_chunk, loss_of_labels
 
+BLOCK_TOKENS = 2**20
+"""How much of a split is read at once."""
+
 
 class TokenizedDocument(NamedTuple):
     """A document's tokens, without the end-of-text token, and the UTF-8 bytes of its text."""
 
     origin: str
-    token_ids: list[int] | np.ndarray
+    token_ids: np.ndarray
     num_bytes: int
 
 
@@ -92,28 +96,37 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
         ids.extend(piece)
         num_bytes += len(document.text.encode())
         if document.last:
-            yield TokenizedDocument(document.origin, ids, num_bytes)
+            yield TokenizedDocument(document.origin, np.array(ids, np.int32), num_bytes)
             ids, num_bytes = [], 0
 
 
-def split_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
+def split_documents(tokens: Tokens, tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
     """The documents of a split's tokens, which end with the end-of-text token or with the tokens.
 
-    What the tokenizer puts before each is left out.
+    What the tokenizer puts before each is left out. No more than a document, or `BLOCK_TOKENS`, is in memory.
 
     Raises:
         UserError: the tokenizer has no token that ends a document.
     """
     token_bytes = np.array([len(raw) for raw in tokenizer.token_bytes()])
     opening = len(tokenizer.opening)
-    ends = [*np.flatnonzero(tokens == tokenizer.require_end_of_text()), len(tokens)]
-    starts = [0, *(end + 1 for end in ends)]
-    for number, (start, end) in enumerate(zip(starts, ends, strict=False), start=1):
-        if tuple(tokens[start : start + opening]) == tokenizer.opening:
-            start += opening
-        if end > start:
-            ids = np.asarray(tokens[start:end], np.int32)
+    for number, ids in enumerate(_split(tokens, tokenizer.require_end_of_text()), start=1):
+        ids = ids[opening:] if tuple(ids[:opening]) == tokenizer.opening else ids
+        if len(ids):
             yield TokenizedDocument(f"document {number}", ids, int(token_bytes[ids].sum()))
+
+
+def _split(tokens: Tokens, end: int) -> Iterator[np.ndarray]:
+    """What is between the `end`s, before the first and after the last."""
+    unended: list[np.ndarray] = []
+    for start in range(0, len(tokens), BLOCK_TOKENS):
+        block = np.asarray(tokens[start : start + BLOCK_TOKENS], np.int32)
+        *ended, rest = np.split(block, np.flatnonzero(block == end) + 1)
+        for piece in ended:
+            yield np.concatenate([*unended, piece[:-1]])
+            unended = []
+        unended.append(rest)
+    yield np.concatenate([*unended, np.zeros(0, np.int32)])
 
 
 def evaluate_documents(

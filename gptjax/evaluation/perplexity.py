@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,9 @@ from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import sharding
 from gptjax.parallel.precision import compute_copy, compute_dtype
 from gptjax.training.losses import Batch, bounded_chunk, inputs_and_labels, lay_out, loss_of_labels
+
+DISPATCHED_BATCHES = 8
+"""How many batches an evaluation is ahead of the device."""
 
 
 class Perplexity(NamedTuple):
@@ -67,9 +71,16 @@ def evaluate(
         batch = {name: sharding.put_batch(values, batch_size) for name, values in rows.items()}
         return _sums(config, weights, batch, num_rows, token_bytes, separator, chunk_tokens, packed, opening)
 
-    # Dispatched without waiting; the sums of a batch fit float32 exactly enough, the total is float64.
-    sums = [sums_of(rows, num_rows) for rows, num_rows in batches]
-    nats, num_tokens, num_bytes = np.sum([[float(x) for x in batch] for batch in sums], axis=0)
+    # The sums of a batch fit float32 exactly enough, the total is float64. While the device works on some batches the
+    # next is read, and no more: what is waiting lies on the device.
+    total, dispatched = np.zeros(3), collections.deque()
+    for rows, num_rows in batches:
+        dispatched.append(sums_of(rows, num_rows))
+        if len(dispatched) > DISPATCHED_BATCHES:
+            total += [float(x) for x in dispatched.popleft()]
+    for sums in dispatched:
+        total += [float(x) for x in sums]
+    nats, num_tokens, num_bytes = total
     return Perplexity(float(nats / num_tokens), int(num_tokens), int(num_bytes))
 
 

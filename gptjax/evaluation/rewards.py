@@ -9,6 +9,7 @@ import re
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from gptjax.data.forms import Task
 from gptjax.errors import UserError
@@ -25,16 +26,20 @@ def number_match(task: Task, answer: str) -> float:
 
 
 def exact_match(task: Task, answer: str) -> float:
-    """1 where the answer is the right one, but for space around it."""
-    return float(answer.strip() == task.answer.strip())
+    """1 where the answer is the right one, but for space around it; 0 where no right one is known."""
+    return float(answer.strip() == task.answer.strip() != "")
 
 
 def valid_json(task: Task, answer: str) -> float:
-    """1 where the answer is a JSON object or array."""
+    """1 where the answer is a JSON object or array, without Python's NaN and Infinity."""
     try:
-        return float(isinstance(json.loads(answer), dict | list))
+        return float(isinstance(json.loads(answer, parse_constant=_no_json), dict | list))
     except (ValueError, RecursionError):
         return 0.0
+
+
+def _no_json(constant: str) -> NoReturn:
+    raise ValueError(constant)
 
 
 def matches(pattern: str) -> Reward:

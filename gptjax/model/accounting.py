@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.config import MeshConfig, ModelConfig
 from gptjax.model.devices import of_kind
+from gptjax.tuning_config import LoraConfig
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -33,14 +34,14 @@ def num_norms(config: ModelConfig) -> int:
     return config.num_layers * (4 if config.norm_position == "both" else 2) + (config.norm_position != "post")
 
 
-def state_bytes(config: ModelConfig, optimizer: OptimizerConfig, *, gradients: bool = True) -> int:
-    """Of training, on all devices together: weights, two moments and, if asked for, gradients, each float32.
-
-    Of the blocks' matrices Muon, where it owns them, keeps a momentum and no second moment.
-    """
-    parameters = parameter_counts(config)["total"]
-    owned = hidden_weights(config) if optimizer.kind == "muon" else 0
-    return 4 * ((4 if gradients else 3) * parameters - owned)
+def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Numbers of a model's low-rank adapters."""
+    D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
+    N, K = config.num_heads * H, config.resolved_num_kv_heads * H
+    sizes = {"q": D + N, "k": D + K, "v": D + K, "out": N + D, "up": D + F, "down": F + D}
+    if config.gated:
+        sizes["gate"] = D + F
+    return config.num_layers * lora.rank * sum(size for name, size in sizes.items() if name in lora.targets)
 
 
 def hidden_weights(config: ModelConfig) -> int:
@@ -54,7 +55,8 @@ class FlopsPerToken(NamedTuple):
     """Floating-point operations of one token's training step, forward and backward."""
 
     matmuls: int
-    """6 per weight that is multiplied with (Kaplan et al. 2020): the head counts, the embedding look-up does not."""
+    """6 per weight that is multiplied with (Kaplan et al. 2020): the head counts, the embedding look-up does not.
+    4 where the weight is not trained, and 2 in what no gradient has to come through."""
     attention: int
     """12 · H · N per layer and key that a query could see without the causal mask: 12 L D T for dense attention."""
     attention_causal: int
@@ -71,19 +73,31 @@ class FlopsPerToken(NamedTuple):
         return self.matmuls + self.attention_causal
 
 
-def training_flops_per_token(config: ModelConfig, num_tokens: int | None = None) -> FlopsPerToken:
+def training_flops_per_token(
+    config: ModelConfig, num_tokens: int | None = None, lora: LoraConfig | None = None, values: bool = False
+) -> FlopsPerToken:
     """FLOPs of a training step per token, for sequences of `num_tokens` (None: context_length).
 
-    Recomputation (remat) is not counted: model FLOPs are those the mathematics needs.
+    Recomputation (remat) is not counted: model FLOPs are those the mathematics needs. With adapters (Hu et al. 2021)
+    it needs no gradient of the weights that they adapt, and none of the first block's input.
+
+    Args:
+        lora: adapters, which are trained in place of the weights; None, or of rank 0: all weights are.
+        values: whether the head makes one number, as that of a critic or reward model does.
     """
     D, N, H, T = config.model_dim, config.num_heads, config.resolved_head_dim, num_tokens or config.context_length
-    weights = hidden_weights(config) + config.vocab_size * D
+    head = D if values else config.vocab_size * D
+    matmuls = 6 * (hidden_weights(config) + head)
+    if lora is not None and lora.rank:
+        first_inputs = D * H * (N + 2 * config.resolved_num_kv_heads)
+        frozen = hidden_weights(config) + (0 if values else head)
+        matmuls += 6 * adapter_parameters(config, lora) - 2 * (frozen + first_inputs)
     full = causal = 0.0
     for window in config.layer_windows:
         seen = min(T, window or T)
         full += seen
         causal += (seen * (seen + 1) / 2 + (T - seen) * seen) / T  # mean over queries of min(position + 1, window)
-    return FlopsPerToken(6 * weights, round(12 * N * H * full), round(12 * N * H * causal))
+    return FlopsPerToken(matmuls, round(12 * N * H * full), round(12 * N * H * causal))
 
 
 class Traffic(NamedTuple):

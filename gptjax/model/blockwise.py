@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.model.layers import precision, softcap
+from gptjax.model.layers import softcap
 from gptjax.model.remat import ATTENTION
+from gptjax.parallel.precision import precision
 
 PADDING = jnp.iinfo(jnp.int32).max
 """Position of keys that only fill up the last block: after every query, one at an empty slot's position included."""

@@ -36,7 +36,7 @@ from gptjax.model.layers import (
 )
 from gptjax.model.positions import sinusoid
 from gptjax.parallel import sharding
-from gptjax.parallel.precision import compute_dtype
+from gptjax.parallel.precision import compute_dtype, precision
 from gptjax.parametrization import multipliers
 
 Params = Any
@@ -218,7 +218,8 @@ class GPT(nn.Module):
             w_D = self.param("value_head", normal(std, "embed"), (c.model_dim,))
             bias = self.param("value_bias", constant(0.0), ())
             if values:
-                return jnp.einsum("btd,d->bt", x_BTD.astype(jnp.float32), sharding.gather(w_D, "embed")) + bias, cache
+                x_BTD, w_D = x_BTD.astype(jnp.float32), sharding.gather(w_D, "embed")
+                return jnp.einsum("btd,d->bt", x_BTD, w_D, precision=precision(x_BTD)) + bias, cache
         head_VD = embedding_VD
         if not c.tie_embeddings:
             head_VD = parameter(self, "head", normal(c.initializer_std, "vocab", "embed"), shape)

@@ -16,6 +16,7 @@ from gptjax.model import fp8
 from gptjax.model.int8 import Int8
 from gptjax.model.lora import Lora
 from gptjax.parallel import sharding
+from gptjax.parallel.precision import precision
 
 
 def matmul(
@@ -117,11 +118,6 @@ def _flatten(x_BTD: jax.Array) -> tuple[jax.Array, str]:
     if sharding.num_shards("sequence") > 1:
         return x_BTD, "bt"
     return sharding.join_tokens(x_BTD), "x"
-
-
-def precision(x: jax.Array) -> jax.lax.Precision | None:
-    """Float32 means float32: by default GPUs and TPUs would multiply it with 10 or fewer bits of mantissa."""
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

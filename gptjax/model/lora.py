@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gptjax.config import ModelConfig
 from gptjax.parallel import sharding
+from gptjax.parallel.precision import precision
 from gptjax.tuning_config import LoraConfig
 
 PARTS = {"attention": ("q", "k", "v", "out"), "feed_forward": ("gate", "up", "down")}
@@ -71,20 +71,10 @@ def merge(params: Any) -> Any:
     def merged(leaf: Any) -> Any:
         if not isinstance(leaf, Lora):
             return leaf
-        product = jnp.einsum("ldr,lrf->ldf", leaf.a, leaf.b, out_sharding=_layout(leaf.w))
+        product = jnp.einsum("ldr,lrf->ldf", leaf.a, leaf.b, precision=precision(leaf.a), out_sharding=_layout(leaf.w))
         return leaf.w + product
 
     return jax.tree.map(merged, params, is_leaf=lambda leaf: isinstance(leaf, Lora))
-
-
-def adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
-    """How many numbers are trained."""
-    D, F, H = config.model_dim, config.resolved_ffn_dim, config.resolved_head_dim
-    N, K = config.num_heads * H, config.resolved_num_kv_heads * H
-    sizes = {"q": D + N, "k": D + K, "v": D + K, "out": N + D, "up": D + F, "down": F + D}
-    if config.gated:
-        sizes["gate"] = D + F
-    return config.num_layers * lora.rank * sum(size for name, size in sizes.items() if name in lora.targets)
 
 
 def _layout(w: jax.Array) -> jax.P | None:

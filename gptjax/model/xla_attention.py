@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.model.layers import precision, softcap
+from gptjax.model.layers import softcap
 from gptjax.model.remat import ATTENTION
+from gptjax.parallel.precision import precision
 
 Segments = tuple[jax.Array, jax.Array] | None
 """(B, T) and (B, S), document of each query and of each key; None: one document a row."""

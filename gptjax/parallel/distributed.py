@@ -1,9 +1,12 @@
 """Several processes as one program: connecting them, agreeing on errors, and one going first.
 
-JAX's own multi-controller runtime does the work. With one process every function here does nothing.
+JAX's own multi-controller runtime does the work. With one process every function here does nothing. What a process
+waits for here is another's work on the host, which may take hours. So it waits for a message, and never in a collective
+of devices, which gives up after some minutes and cannot say why.
 """
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -17,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from gptjax.errors import UserError
 from gptjax.parallel.launch import DistributedConfig, find_launch
+from gptjax.parallel.messages import Messages, PeerFailed
 from gptjax.parallel.rendezvous import meet
 
 SHUTDOWN_SECONDS = 60
 """How long a process that ends waits for the others to end, too, before JAX takes them for lost."""
 PARTING_SECONDS = 10.0
-"""How long a process with an error of its user's waits for the others to leave with the same one."""
+"""How long a process that has failed waits for the others to hear why, or to leave with the same error."""
 SHARED_SECONDS = 5.0
 """Network file systems remember for a few seconds what a folder held."""
 
@@ -90,40 +92,62 @@ def is_first() -> bool:
     return process_id() == 0
 
 
+_messages = Messages()
+
+
 def gather_text(text: str) -> list[str]:
-    """The texts of all processes, in the order of their ids. All must call it."""
+    """The texts of all processes, in the order of their ids. All must call it; it waits as long as it takes.
+
+    Raises:
+        PeerFailed: a process has ended instead; as `fail_fast` says.
+    """
     if num_processes() == 1:
         return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(data.size)).reshape(-1)
-    padded = np.zeros(max(1, *lengths), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+    return _messages.gather(text, process_id(), num_processes())
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` gives on process 0, which alone calls it, on all processes. JSON must be able to hold it.
+
+    Raises:
+        UserError: that of process 0, on all.
+    """
+    if num_processes() == 1:
+        return make()
+    made = ""
+    with together():
+        if is_first():
+            made = json.dumps(make())
+    return json.loads(gather_text(made)[0])
 
 
 @contextlib.contextmanager
 def fail_fast() -> Iterator[None]:
     """A block in which a failure that nobody foresaw ends this process at once, its traceback printed.
 
-    Python's own way out waits for the other processes, and those wait for this one; so JAX tells them that it is gone.
-    A `UserError` is often that of all processes, which then leave together, and so gets some seconds.
+    Python's own way out waits for the other processes, and those wait for this one; so they are told that it is gone,
+    and why. A `UserError` is often that of all processes, which then leave together, and so gets some seconds.
     """
     try:
         yield
-    except UserError:
-        if jax.distributed.is_initialized():
+    except SystemExit:
+        raise
+    except BaseException as error:
+        if not jax.distributed.is_initialized():  # asks no backend, which may be what has failed
+            raise
+        _messages.leave(process_id(), error)
+        if isinstance(error, UserError):
             alone = threading.Timer(PARTING_SECONDS, os._exit, [2])
             alone.daemon = True
             alone.start()
-        raise
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException:
-        if not jax.distributed.is_initialized():  # asks no backend, which may be what has failed
+        if isinstance(error, UserError | KeyboardInterrupt):
             raise
-        traceback.print_exc()
+        if isinstance(error, PeerFailed):
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         sys.stderr.flush()
+        _messages.part(process_id(), num_processes(), PARTING_SECONDS)
         os._exit(1)
 
 

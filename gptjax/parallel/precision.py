@@ -1,4 +1,4 @@
-"""Which parameters are used in which type."""
+"""Which parameters are used in which type, and how exactly they are multiplied."""
 
 from collections.abc import Collection
 from typing import Any
@@ -17,6 +17,11 @@ biases are small, and embedding rows are looked up in float32 for the sake of th
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
     """The type of activations; where the configuration leaves it open, the one that suits the default device."""
     return jnp.dtype(config.compute_dtype or default_compute_dtype(jax.default_backend()))
+
+
+def precision(x: jax.Array) -> jax.lax.Precision | None:
+    """Float32 means float32: by default GPUs and TPUs would multiply it with 10 or fewer bits of mantissa."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def compute_copy(params: Any, dtype: jnp.dtype, names: Collection[str] = MATRICES) -> Any:

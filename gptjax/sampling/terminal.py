@@ -1,10 +1,10 @@
 """A conversation at the terminal."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gptjax.errors import UserError
+from gptjax.plain_files import to_json
 from gptjax.text.chat import Message
 
 HELP = "/reset begins anew, /save FILE writes the conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer"
@@ -63,7 +63,7 @@ def save(path: Path, said: Sequence[Message]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    line = json.dumps({"messages": [message._asdict() for message in said]}, ensure_ascii=False)
+    line = to_json({"messages": [message._asdict() for message in said]})
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -5,7 +5,6 @@ The folder of a study has `study.json` (every run's configuration), `runs/NAME/`
 """
 
 import csv
-import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from gptjax.config_files import differences, from_dict, to_dict
 from gptjax.errors import UserError
+from gptjax.plain_files import read_json
 from gptjax.scaling.study import PlannedRun, Study, expand
 from gptjax.training.run_dir import write_json
 from gptjax.training.summary import read_summary
@@ -88,10 +88,7 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pat
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    return read_json(path)
 
 
 def results(runs: Sequence[PlannedRun], folder: Path, failed: Collection[str] = ()) -> list[Result]:

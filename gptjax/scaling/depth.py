@@ -8,6 +8,7 @@ from gptjax.model.accounting import parameter_counts
 from gptjax.presets import TOKENS_PER_PARAMETER, Shape, modern_of_shape
 from gptjax.scaling.laws import STEP_LAW, counted_parameters, short
 from gptjax.scaling.study import with_vocabulary
+from gptjax.training.schedule import final_progress
 
 WIDTH_PER_LAYER = 64
 """The ratio of nanochat's dial, between GPT-3's 64 (125M, 12 layers of 768) and 128 (175B, 96 of 12,288)."""
@@ -36,7 +37,7 @@ def of_depth(depth: int) -> Config:
 def explain(config: Config) -> list[str]:
     """What the dial has set, by which law, with a warning where the law is extrapolated."""
     model = with_vocabulary(config)
-    tokens = config.training.steps * config.training.batch_size * config.sequence_length
+    tokens = final_progress(config.training, config.sequence_length).tokens
     matrices = counted_parameters(model, STEP_LAW.counts)
     lines = [
         f"shape: {model.num_layers} layers of width {model.model_dim} = {WIDTH_PER_LAYER} × layers, {model.num_heads} "

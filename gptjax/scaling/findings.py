@@ -40,8 +40,8 @@ class Findings(NamedTuple):
     held_out: Table
     """Rows that the law extrapolates to; none unless asked for."""
     isoflop: list[Valley]
-    frontier: PowerLaw | None
-    """Through the minima of `isoflop`; the law has another."""
+    frontier: tuple[PowerLaw, PowerLaw] | None
+    """Parameters and tokens through the minima of `isoflop`; the law has another."""
     tunings: dict[str, Tuning]
     repeated: RepeatedFit | None
     notes: tuple[str, ...]
@@ -129,9 +129,9 @@ def frontiers(found: Findings, flops: Sequence[float]) -> list[dict[str, Any]]:
     if not found.fit.fixed:
         rows.append(("this fit", law.counts, law.frontier_exponent, found.fit.frontier_interval(), law.compute_optimal))
     if found.frontier is not None:
-        power = found.frontier
-        parabolas = lambda C: (power(C), C / 6 / power(C))  # noqa: E731
-        rows.append(("isoFLOP parabolas", law.counts, power.exponents[0], power.intervals[0], parabolas))
+        N, D = found.frontier
+        parabolas = lambda C: (N(C), D(C))  # noqa: E731
+        rows.append(("isoFLOP parabolas", law.counts, N.exponents[0], N.intervals[0], parabolas))
     rows += [(f.name, f.counts, f.frontier_exponent, None, f.compute_optimal) for f in FRONTIERS]
     return [
         {"name": name, "counts": counts, "exponent": exponent, "interval": bounds,

@@ -64,7 +64,8 @@ class LossFit(NamedTuple):
         count = len(self.residuals_P)
         scale = np.sqrt(count / max(count - (len(COEFFICIENTS) - len(self.fixed)), 1))
         noise = np.random.default_rng(seed).choice(self.residuals_P, (len(self.draws), 20)) * scale
-        drawn = np.array([law.loss(N, D) for law in self.draws])[:, None] * np.exp(noise)
+        # A residual is what the law says over what was measured; a new run is what the law says over its residual.
+        drawn = np.array([law.loss(N, D) for law in self.draws])[:, None] / np.exp(noise)
         return loss, *interval(drawn.ravel())
 
 

@@ -27,7 +27,9 @@ class Valley(NamedTuple):
     """The variable, ascending."""
     loss: np.ndarray
     best: float | None
-    """Where the parabola in log x has its minimum; None where the lowest loss is the first or the last one's."""
+    """Where the parabola in log x has its minimum; None where the lowest loss is at the least or the greatest x."""
+    best_tokens: float | None = None
+    """Tokens of a run at the minimum, where FLOPs are equal: what else they count than 6 N D, the runs know."""
 
 
 class PowerLaw(NamedTuple):
@@ -57,7 +59,9 @@ def isoflop_valleys(table: Table) -> list[Valley]:
             continue
         group = group[np.argsort(table.parameters_P[group], kind="stable")]
         x, loss = table.parameters_P[group], table.loss_P[group]
-        found.append(Valley((float(np.exp(np.log(flops[group]).mean())),), x, loss, _vertex(x, loss)))
+        best = _vertex(x, loss)
+        tokens = None if best is None else _between(best, x, table.tokens_P[group])
+        found.append(Valley((float(np.exp(np.log(flops[group]).mean())),), x, loss, best, tokens))
     return found if sum(len(valley.x) for valley in found) >= PLANNED * len(flops) else []
 
 
@@ -85,8 +89,8 @@ def tuning_valleys(table: Table, variable: str) -> list[Valley]:
 
 
 def _vertex(x: np.ndarray, loss: np.ndarray) -> float | None:
-    """Minimum of the parabola in log x, if it lies inside."""
-    if len(x) < 3 or np.argmin(loss) in (0, len(x) - 1):
+    """Minimum of the parabola in log x, if it lies inside; x ascends, and may have a value several times."""
+    if len(x) < 3 or x[np.argmin(loss)] in (x[0], x[-1]):
         return None
     log_x = np.log(x)
     middle = log_x.mean()
@@ -95,6 +99,11 @@ def _vertex(x: np.ndarray, loss: np.ndarray) -> float | None:
         return None
     vertex = middle - slope / (2 * square)
     return float(np.exp(vertex)) if log_x[0] <= vertex <= log_x[-1] else None
+
+
+def _between(at: float, x: np.ndarray, y: np.ndarray) -> float:
+    """y at a value of x, along straight lines in logarithms."""
+    return float(np.exp(np.interp(np.log(at), np.log(x), np.log(y))))
 
 
 def power_law(x: np.ndarray, y: np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES) -> PowerLaw:
@@ -120,13 +129,14 @@ def power_law(x: np.ndarray, y: np.ndarray, *, seed: int = 0, resamples: int = R
     return PowerLaw(float(np.exp(solution[0])), tuple(map(float, solution[1:])), bounds)
 
 
-def frontier_of(valleys: list[Valley]) -> PowerLaw | None:
-    """N*(C) through the minima of isoFLOP valleys; None where there are fewer than two."""
+def frontier_of(valleys: list[Valley]) -> tuple[PowerLaw, PowerLaw] | None:
+    """N*(C) and D*(C) through the minima of isoFLOP valleys; None where there are fewer than two."""
     inside = [valley for valley in valleys if valley.best is not None]
     if len(inside) < 2:
         return None
     flops = np.array([valley.at for valley in inside])
-    return power_law(flops, np.array([valley.best for valley in inside]))
+    parameters, tokens = (np.array([getattr(v, name) for v in inside]) for name in ("best", "best_tokens"))
+    return power_law(flops, parameters), power_law(flops, tokens)
 
 
 def tuning_law(valleys: list[Valley]) -> tuple[PowerLaw, tuple[str, ...]] | None:

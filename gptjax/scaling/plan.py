@@ -9,23 +9,32 @@ import math
 from typing import Literal, NamedTuple, get_args
 
 from gptjax.checks import require
-from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from gptjax.config import Config, MeshConfig, ModelConfig, TrainingConfig
 from gptjax.model.accounting import (
     FlopsPerToken,
     Traffic,
-    activation_bytes,
     cache_elements,
     hidden_weights,
     logits_bytes,
     parameter_counts,
-    state_bytes,
     traffic,
-    training_flops_per_token,
 )
 from gptjax.model.devices import Device
+from gptjax.model.workload import (
+    FULL,
+    NetworksOf,
+    described,
+    flops_per_token,
+    memory_of_pass,
+    networks,
+    sequence_tokens,
+    state_bytes,
+    weight_bytes,
+)
 from gptjax.resolve import default_compute_dtype, resolve_mesh
 from gptjax.scaling.laws import CHINCHILLA, EPOCH, MUENNIGHOFF, LossLaw, counted_parameters
 from gptjax.scaling.study import with_vocabulary
+from gptjax.training.schedule import final_progress
 
 Remat = Literal["none", "save_dots", "save_attention", "full"]
 """From what recomputes nothing to what recomputes most."""
@@ -96,6 +105,8 @@ class Plan(NamedTuple):
     """The remat that recomputes least and the largest micro-batch that fits with it; None: nothing fits."""
     cache_bytes: int
     """Keys and values of one sequence as long as the context, in the compute type."""
+    sequence: str
+    """What one sequence of a batch is: its rows and their tokens."""
     tokens: int
     """That the run trains on."""
     efficiency: float
@@ -126,6 +137,7 @@ def make_plan(
     laws: tuple[LossLaw, ...] = LAWS,
     resamples: tuple[LossLaw, ...] = (),
     quadratic: bool = False,
+    networks_of: NetworksOf = networks,
 ) -> Plan:
     """Plan a run on `count` devices.
 
@@ -136,6 +148,8 @@ def make_plan(
         laws: the first plans; all forecast.
         resamples: of the first law, where it was fitted and not published: its intervals are theirs.
         quadratic: whether attention keeps the weights of all pairs of tokens, as the kernel xla does.
+        networks_of: the models that the stage holds, with what is known of its data; rows are otherwise taken for as
+            long as they may be.
 
     Raises:
         UserError: the mesh does not divide the devices, batch or width; the vocabulary is unknown.
@@ -143,28 +157,32 @@ def make_plan(
     platform = "cpu" if device.flops is None and device.memory_bytes is None else "accelerator"
     dtype = config.model.compute_dtype or default_compute_dtype(platform)
     model = dataclasses.replace(with_vocabulary(config), compute_dtype=dtype)
-    training, optimizer = config.training, config.optimizer
+    training, config = config.training, dataclasses.replace(config, model=model)
     memory = None if device.memory_bytes is None else int(USABLE * device.memory_bytes)
-    mesh, reason = resolve_mesh(config.mesh, count, model, training, memory, optimizer)
+    mesh, reason = resolve_mesh(config, count, memory, networks_of)
+    config = dataclasses.replace(config, mesh=mesh)
     micro = training.resolved_micro_batch_size
-    T = config.sequence_length
-    flops = training_flops_per_token(model, T)
-    own = _memory(model, optimizer, training, mesh, micro, memory, quadratic)
+    held = networks_of(config)
+    flops = flops_per_token(held)
+    own = _memory(config, networks_of, memory, quadratic)
     alternatives = tuple(
-        _memory(dataclasses.replace(model, remat=remat), optimizer, training, mesh, micro, memory, quadratic)
+        _memory(
+            dataclasses.replace(config, model=dataclasses.replace(model, remat=remat)), networks_of, memory, quadratic
+        )
         for remat in get_args(Remat)
     )
     suggestion = next(((m.remat, m.largest_micro_batch) for m in alternatives if m.largest_micro_batch), None)
     rate = None if device.flops is None else count * device.flops * efficiency / flops.total
     # Recomputed products are no model FLOPs, and take their time all the same: 6 of 8 are left, with remat full.
-    again = RECOMPUTED[model.remat] * flops.total / 3
+    forward = flops_per_token(tuple(one._replace(lora=FULL) for one in held)).total / 3  # adapters save nothing in it
+    again = RECOMPUTED[model.remat] * forward
     if rate is not None:
         rate *= flops.total / (flops.total + again)
-    batch_tokens = training.batch_size * T
+    batch_tokens = training.batch_size * sequence_tokens(held)
     require(
         training.steps is not None, "the steps follow from the data's rows: give --training.steps to plan without it"
     )
-    tokens = training.steps * batch_tokens
+    tokens = final_progress(training, sequence_tokens(held)).tokens
     seconds = None if rate is None else tokens / rate
     device_hours = None if seconds is None else seconds / 3600 * count
     N = float(counted_parameters(model, laws[0].counts))
@@ -181,11 +199,12 @@ def make_plan(
         recomputed_flops=again,
         mesh=mesh,
         mesh_reason=reason,
-        traffic=traffic(model, mesh, micro, T),
+        traffic=traffic(model, mesh, micro * held[0].rows[0].count, held[0].rows[0].num_tokens),
         memory=own,
         alternatives=alternatives,
         suggestion=suggestion,
         cache_bytes=cache_elements(model, 1, model.context_length) * (2 if dtype == "bfloat16" else 4),
+        sequence=described(held),
         tokens=tokens,
         efficiency=efficiency,
         tokens_per_second=rate,
@@ -219,38 +238,35 @@ def _forecasts(
     return tuple(found)
 
 
-def _memory(
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    training: TrainingConfig,
-    mesh: MeshConfig,
-    micro: int,
-    memory: int | None,
-    quadratic: bool,
-) -> MemoryPlan:
+def _memory(config: Config, networks_of: NetworksOf, memory: int | None, quadratic: bool) -> MemoryPlan:
+    held, mesh, training, optimizer = networks_of(config), config.mesh, config.training, config.optimizer
+    model, micro = held[0].model, training.resolved_micro_batch_size
     shards, split = mesh.data * mesh.fsdp, mesh.fsdp * mesh.context * mesh.tensor
-    weights = 4 * parameter_counts(model)["total"] // split
-    kept = state_bytes(model, optimizer, gradients=False) // split - weights
+    weights, all_state = weight_bytes(held) // split, state_bytes(held, optimizer) // split
+    kept = state_bytes(held, optimizer, gradients=False) // split
+    width = 2 if model.compute_dtype == "bfloat16" else 4
+    copies = width * sum(hidden_weights(one.model) for one in held if one.rows) // split
 
-    width, T = 2 if model.compute_dtype == "bfloat16" else 4, training.resolved_sequence_length(model)
-    copies = width * hidden_weights(model) // split
-
-    def held(size: int) -> tuple[int, int]:
-        logits = logits_bytes(model, mesh, size, training.loss_chunk_tokens, num_tokens=T)
-        likely = activation_bytes(
-            model, mesh, size, training.loss_chunk_tokens, num_tokens=T, quadratic=quadratic
-        ).likely
+    def parts(size: int) -> tuple[int, int]:
+        logits = sum(
+            logits_bytes(model, mesh, size * rows.count, training.loss_chunk_tokens, num_tokens=rows.num_tokens)
+            for rows in held[0].rows
+            if not held[0].values
+        )
+        likely = memory_of_pass(held, mesh, size, training.loss_chunk_tokens, quadratic=quadratic).likely
         return likely - logits, logits
 
     def fits(size: int) -> bool:
-        return memory is not None and 2 * weights + kept + copies + sum(held(size)) <= memory
+        return memory is not None and all_state + copies + sum(parts(size)) <= memory
 
     largest = None
     if memory is not None:
         sizes = [n for n in _divisors(training.batch_size) if n % shards == 0]
         largest = max((n for n in sizes if fits(n)), default=0)
     whether = None if memory is None else fits(micro)
-    return MemoryPlan(model.remat, weights, kept, weights, copies, *held(micro), whether, largest)
+    return MemoryPlan(
+        *(model.remat, weights, kept - weights, all_state - kept, copies, *parts(micro)), whether, largest
+    )
 
 
 def _divisors(n: int) -> list[int]:

@@ -1,6 +1,5 @@
 """The prediction that a study writes down before it trains what is predicted, and the comparison afterwards."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.errors import UserError
+from gptjax.plain_files import read_json
 from gptjax.scaling.conduct import ENDED, PREDICTION_FILE, Result
 from gptjax.scaling.fit import COEFFICIENTS, CONFIDENCE, fit_loss
 from gptjax.scaling.study import PlannedRun
@@ -80,7 +80,7 @@ def _table(found: Sequence[Result], counts: str) -> Table:
 def read_prediction(folder: Path) -> dict[str, Any] | None:
     """What was predicted, or None where nothing was."""
     path = folder / PREDICTION_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def comparison(found: Sequence[Result], folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """A study as a document: its question, its runs, the laws they follow, what was predicted, and what came of it."""
 
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from gptjax.checks import require
 from gptjax.config_files import flat, from_dict
 from gptjax.errors import UserError
 from gptjax.evaluation.report import REPORT_FILE, changed_fields, environment_table, markdown_table
+from gptjax.plain_files import read_json
 from gptjax.scaling.conduct import ENDED, STUDY_FILE
 from gptjax.scaling.findings import TUNED, Findings, examine, frontiers
 from gptjax.scaling.fit import describe, span
@@ -37,7 +37,7 @@ def report_study(folder: Path, out: Path) -> Path:
     """
     path = folder / STUDY_FILE
     require(path.is_file(), f"{folder} is no study's folder: it has no {STUDY_FILE}")
-    card = json.loads(path.read_text(encoding="utf-8"))
+    card = read_json(path)
     runs = {name: read_summary(folder / "runs" / name) for name in card["runs"]}
     ended = [name for name, summary in runs.items() if summary is not None and summary["stopped"] in ENDED]
     require(bool(ended), f"none of the {len(runs)} runs of {folder} has ended")

@@ -19,6 +19,7 @@ from gptjax.errors import UserError
 from gptjax.model.accounting import training_flops_per_token
 from gptjax.resolve import evaluation_sequences
 from gptjax.scaling.laws import Counting, counted_parameters
+from gptjax.training.schedule import final_progress, steps_for
 
 BYTE_VOCABULARY = 272
 """Tokens of a `byte` tokenizer: the bytes and the reserved special ones."""
@@ -144,18 +145,21 @@ def _runs(study: Study) -> Iterator[PlannedRun]:
             model = with_vocabulary(config)
             parameters, T = counted_parameters(model, study.counts), config.sequence_length
             per_token = training_flops_per_token(model, T).total
-            step = config.training.batch_size * T
             for budget in study.tokens or study.tokens_per_parameter or study.flops:
                 factor = 1.0 if study.tokens else parameters if study.tokens_per_parameter else 1 / per_token
                 tokens = budget * factor
-                steps = round(tokens / step)
-                require(steps > 0, f"{trunk}: a budget of {budget:g} is {tokens:.3g} tokens, less than a step's {step}")
+                steps = round(steps_for(config.training, T, tokens / T))
+                first = config.training.resolved_batch_ramp_start * T
+                require(
+                    steps > 0, f"{trunk}: a budget of {budget:g} is {tokens:.3g} tokens, less than a step's {first}"
+                )
                 name = f"{trunk}-{_word(tokens)}tokens"
                 finished = replace_fields(config, {"training.steps": steps, "optimizer.decay_steps": steps})
                 predicted = size in study.predict
+                trained = final_progress(finished.training, T).tokens
                 yield PlannedRun(
                     *(name, size, trunk, finished, parameters),
-                    *(steps * step, float(steps * step * per_token), float(budget), predicted),
+                    *(trained, float(trained * per_token), float(budget), predicted),
                 )
 
 

@@ -5,7 +5,7 @@ Shape suffixes: P rows.
 
 import csv
 import dataclasses
-import json
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ import numpy as np
 from gptjax.checks import require
 from gptjax.config_files import flat
 from gptjax.errors import UserError
+from gptjax.plain_files import read_json, read_text
 from gptjax.scaling.conduct import STUDY_FILE
 from gptjax.scaling.laws import Counting, counted_parameters
 from gptjax.training.run_dir import CONFIG_FILE, load_run_config
@@ -76,9 +77,7 @@ def read_table(
     """
     path, columns = Path(path), dict(columns or {})
     require(path.is_file(), f"no table {path}")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        header, rows = reader.fieldnames or (), [*reader]
+    header, rows = _cells(path)
     unknown = [name for name in columns if name not in (*NEEDED, *OPTIONAL, "status")]
     require(not unknown, f"--columns {unknown[:1]}: what can be read is {', '.join((*NEEDED, *OPTIONAL))} and status")
     missing = [name for name in columns.values() if name not in header]
@@ -92,9 +91,8 @@ def read_table(
             f"parameters, tokens, flops; --columns {absent[0]}=NAME says that a column has another name"
         )
     require(bool(rows), f"{path} has no rows")
-    # Row 1 is the line of names, so that numbers are those of an editor.
     kept, excluded = [], []
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         status = (row.get(place.get("status", "")) or ENDED).strip()
         loss = _number(row.get(place["loss"]))
         if status != ENDED:
@@ -119,6 +117,37 @@ def read_table(
     return _table(str(path), counts, names, arrays, excluded)
 
 
+def _cells(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The names of the columns, and the rows that are not empty with the numbers that an editor gives their lines.
+
+    Raises:
+        UserError: it is no table that commas separate, or a row has more cells than there are columns.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), skipinitialspace=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if any(map(str.strip, cells))]
+    except csv.Error as error:
+        raise UserError(f"{path} is no table: {error} in row {reader.line_num}") from error
+    _, header = lines[0] if lines else (1, [])
+    while header and not header[-1]:
+        header.pop()
+    mark = next((mark for mark in ";\t" if len(header) == 1 and mark in header[0]), None)
+    require(
+        mark is None,
+        f"{path} separates its columns with {mark!r}; separate them with commas, and write 3.5 rather than 3,5",
+    )
+    twice = [name for name in header if header.count(name) > 1]
+    require(not twice, f"{path} has several columns {twice[:1]}; give each a name of its own")
+    for number, cells in lines[1:]:
+        more = [cell for cell in cells[len(header) :] if cell]
+        require(
+            not more,
+            f"{path}: row {number} has {len(more)} more cell{'s' * (len(more) > 1)} than there are columns, "
+            f"{', '.join(more[:3])}; write 3.5 rather than 3,5",
+        )
+    return header, [(number, dict(zip(header, cells, strict=False))) for number, cells in lines[1:]]
+
+
 def read_runs(
     paths: Sequence[str | os.PathLike], *, counts: Counting | None = None, where: Mapping[str, str] | None = None
 ) -> Table:
@@ -135,7 +164,7 @@ def read_runs(
     said: set[Counting] = set()
     for path in map(Path, paths):
         if (path / STUDY_FILE).is_file():
-            card = json.loads((path / STUDY_FILE).read_text(encoding="utf-8"))
+            card = read_json(path / STUDY_FILE)
             said.add(card["counts"])
             runs += [path / "runs" / name for name in card["runs"]]
         else:
@@ -180,7 +209,7 @@ def read(
         UserError: as both, and for an unknown way to count.
     """
     require(counts in (None, *get_args(Counting)), f"counts {counts} is not one of {', '.join(get_args(Counting))}")
-    tables = [path for path in paths if path.endswith(".csv")]
+    tables = [path for path in paths if path.lower().endswith(".csv")]
     if tables:
         require(len(paths) == 1, f"one table, or runs, but not {', '.join(paths)}; put the rows into one file")
         require(not where, "--where names fields of runs' configurations, and a table has none")
@@ -192,7 +221,7 @@ def read(
 def _said_beside(table: Path) -> Counting | None:
     """How the study counts whose table this is, if it is one's."""
     study = table.with_name(STUDY_FILE)
-    return json.loads(study.read_text(encoding="utf-8"))["counts"] if study.is_file() else None
+    return read_json(study)["counts"] if study.is_file() else None
 
 
 def best_tuned(table: Table) -> Table:

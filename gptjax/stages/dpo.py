@@ -14,9 +14,8 @@ import numpy as np
 from gptjax.config import Config
 from gptjax.data.conversations import fingerprint
 from gptjax.data.loader import RowStream, evaluation_rows, evenly_spaced
-from gptjax.data.rankings import PairRows, rounded
+from gptjax.data.rankings import PairRows
 from gptjax.errors import UserError
-from gptjax.model.accounting import training_flops_per_token
 from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import distributed, sharding
 from gptjax.parametrization import multipliers
@@ -65,8 +64,6 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
             "val_rejected_logprob": float(policy_P2[:, 1].mean()),
         }
 
-    num_tokens = rows.num_tokens - 1
-    per_row = training_flops_per_token(config.model, num_tokens).total * num_tokens
     return Stage(
         loss=weights.loss(pair_loss(model, config.preference, training.loss_chunk_tokens)),
         optimizer=optimizer,
@@ -77,10 +74,9 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         evaluate=evaluate,
         sample=chats.sampler(config, directory, data.tokenizer, form, weights.whole, log),
         description=lambda progress: [
-            f"{len(rows):,} pairs of rows of {num_tokens} tokens{held_out.judged()}",
-            *messages.of_rows(config, {" ".join(config.data.path): rows}, held_out),
+            f"{len(rows):,} pairs of rows of {data.rows.num_tokens} tokens{held_out.judged()}",
+            *messages.of_rows(config, data, {" ".join(config.data.path): rows}, held_out),
         ],
-        flops_per_token=2 * per_row / config.sequence_length,
         files={TEMPLATE_FILE: form.template},
     )
 
@@ -104,8 +100,10 @@ class _Pairs(PairRows):
 
 def _rows(config: Config, data: Data) -> tuple[_Pairs, _Pairs]:
     rankings = data.content
-    num_tokens = rounded(rankings.longest - 1, config.sequence_length) + 1
-    sides = (_Pairs(side, num_tokens, data.tokenizer.padding_id) for side in (rankings.train, rankings.validation))
+    sides = (
+        _Pairs(side, data.rows.num_tokens + 1, data.tokenizer.padding_id)
+        for side in (rankings.train, rankings.validation)
+    )
     return tuple(sides)
 
 
@@ -155,4 +153,4 @@ def _log_probabilities(config: Config, params: Params, rows: _Pairs, limit: int)
             put = {name: sharding.put_batch(batch[name], batch_size, lead=0) for name in ("tokens", "loss_mask")}
             yield np.asarray(judge(params, put))[:count]
 
-    return np.concatenate([*batches()]), evenly_spaced(len(rows), limit)
+    return np.concatenate([*batches()]), [*evenly_spaced(len(rows), limit)]

@@ -13,16 +13,16 @@ from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT
 from gptjax.parametrization import multipliers
-from gptjax.stages import callbacks, rl, start
+from gptjax.stages import callbacks, iterations, rl, start
 from gptjax.stages.judges import token_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import weights_of
 from gptjax.text.templates import TEMPLATE_FILE
 from gptjax.training.optimizer import make_optimizer
-from gptjax.training.policy_losses import group_advantages, policy_loss
+from gptjax.training.policy_losses import all_alike, group_advantages, policy_loss
 from gptjax.training.state import TrainState
 
-configure, load_data, example_rows = rl.configure, rl.load_data, rl.example_rows
+configure, load_data, example_rows = iterations.configure, rl.load_data, rl.example_rows
 
 
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:
@@ -48,7 +48,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         rewards_PG = drawn.rewards_B.reshape(-1, group)
         advantages_B = group_advantages(rewards_PG, grpo.divide_by_deviation).ravel()
         rows = rl.shared_rows(drawn, drawn.mask_BT * advantages_B[:, None], grpo.aggregate, config.rl.answer_tokens)
-        alike_P = rewards_PG.std(axis=1) == 0
+        alike_P = all_alike(rewards_PG)
         if grpo.dynamic_sampling:
             counts_B = np.repeat(~alike_P, group)
             rows["token_weight"] = rows["token_weight"] * counts_B[:, None]
@@ -78,6 +78,5 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         evaluate=rl.evaluator(config, data, reward, policy_of),
         sample=rl.sampler(config, directory, data, policy_of, log),
         description=lambda progress: rl.describe(config, data),
-        flops_per_token=None,  # most of an iteration is no training step
         files={TEMPLATE_FILE: data.content.form.template},
     )

@@ -13,7 +13,7 @@ from gptjax.data.forms import Task
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import find_reward, judge
 from gptjax.model.gpt import GPT, Params
-from gptjax.parallel import sharding
+from gptjax.parallel import distributed, sharding
 from gptjax.stages import chats
 from gptjax.stages.reward import read_reward
 from gptjax.text.chat import ChatFormat
@@ -38,7 +38,10 @@ def make_judge(config: Config, tokenizer: Tokenizer, form: ChatFormat, row_token
     """
     function = find_reward(config.rl.reward)
     if function is not None:
-        return lambda tasks, answers, tokens_BT, ends_BT: np.array(judge(function, tasks, answers))
+        # Process 0 alone asks it: it may take its time, and may answer otherwise another time.
+        return lambda tasks, answers, tokens_BT, ends_BT: np.array(
+            distributed.from_first(lambda: judge(function, tasks, answers))
+        )
     run = load_run(config.rl.reward)
     normal = read_reward(run.directory)
     if run.tokenizer.fingerprint != tokenizer.fingerprint:

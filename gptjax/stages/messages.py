@@ -13,25 +13,26 @@ from gptjax.data.loader import Rows
 from gptjax.errors import UserError
 from gptjax.model import kernels
 from gptjax.model.accounting import parameter_counts
+from gptjax.model.workload import Networks, described, sequence_tokens
+from gptjax.stages.stage import Data
 from gptjax.training import run_dir
 from gptjax.training.metrics import METRICS_FILE, plot_loss
 from gptjax.training.schedule import Progress, final_progress
 
 
-def description(config: Config, progress: Progress, of_stage: Sequence[str]) -> str:
+def description(config: Config, held: Networks, progress: Progress, of_stage: Sequence[str]) -> str:
     """What is about to run, in a few lines, the last ones the stage's own."""
     device, model, training = jax.devices()[0], config.model, config.training
     counts = parameter_counts(model)
-    T = config.sequence_length
-    sequences = final_progress(training, T).sequences
+    tokens = final_progress(training, sequence_tokens(held)).tokens
     return "\n".join(
         (
             f"model: {counts['total']:,} parameters ({counts['embedding']:,} of them embedding), "
             f"{model.num_layers} layers, context {model.context_length}, {model.compute_dtype}",
             f"devices: {jax.device_count()} × {device.device_kind}, mesh {axes(config.mesh)}",
             f"attention: {attention_kernels(config)}",
-            f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences of {T} tokens, "
-            f"{sequences * T:,} tokens, in {config.run_dir}",
+            f"training: steps {progress.step} to {training.steps} of {training.batch_size} sequences of "
+            f"{described(held)}, {tokens:,} tokens, in {config.run_dir}",
             *of_length(config),
             *of_stage,
         )
@@ -47,17 +48,17 @@ def of_length(config: Config) -> list[str]:
     return [f"rows: training.sequence_length {length} is {compared} than the model's context of {context}{then}"]
 
 
-def of_rows(config: Config, sources: dict[str, Rows], held_out: Rows) -> list[str]:
+def of_rows(config: Config, data: Data, sources: dict[str, Rows], held_out: Rows) -> list[str]:
     """How often each source is seen, and how much of what is held out.
 
     Args:
         sources: rows of the training split, by the source's name.
         held_out: rows of the validation split.
     """
-    training, T = config.training, config.sequence_length
-    sequences = final_progress(training, T).sequences
+    tokens = data.rows.count * data.rows.num_tokens
+    sequences = final_progress(config.training, tokens).sequences
     return [
-        *_epochs(sources, config.data.weights or (1.0,), sequences, T),
+        *_epochs(sources, config.data.weights or (1.0,), sequences, tokens),
         of_evaluation(config, len(held_out), "validation sequences"),
     ]
 
@@ -87,12 +88,12 @@ def axes(mesh: MeshConfig) -> str:
     return " × ".join(f"{name} {size}" for name, size in dataclasses.asdict(mesh).items() if name != "expert")
 
 
-def _epochs(sources: dict[str, Rows], weights: Sequence[float], sequences: int, sequence_length: int) -> Iterator[str]:
+def _epochs(sources: dict[str, Rows], weights: Sequence[float], sequences: int, sequence_tokens: int) -> Iterator[str]:
     relative = [weight / max(weights) for weight in weights]  # the sum of the weights themselves may overflow
     for (name, rows), weight in zip(sources.items(), relative, strict=True):
         share = weight / sum(relative)
         epochs = share * sequences / len(rows)
-        yield f"  {100 * share:.3g} % from {name}: {len(rows) * sequence_length:,} tokens, {epochs:.2g} epochs"
+        yield f"  {100 * share:.3g} % from {name}: {len(rows) * sequence_tokens:,} tokens, {epochs:.2g} epochs"
 
 
 def closing(summary: dict[str, Any], directory: Path, config: Config) -> str:

@@ -20,7 +20,7 @@ from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT, Params
 from gptjax.parametrization import multipliers
-from gptjax.stages import callbacks, pretrain, rl, start
+from gptjax.stages import callbacks, iterations, pretrain, rl, start
 from gptjax.stages.judges import token_judge, value_judge
 from gptjax.stages.stage import Data, Stage
 from gptjax.stages.weights import Weights, weights_of
@@ -36,7 +36,7 @@ load_data, example_rows = rl.load_data, rl.example_rows
 
 
 def configure(config: Config) -> Config:
-    """As `rl.configure`.
+    """As `iterations.configure`.
 
     Raises:
         UserError: as there; or there is no run to start from.
@@ -45,7 +45,7 @@ def configure(config: Config) -> Config:
         raise UserError("PPO holds the policy to the run it starts from: give --model.init-from RUN")
     if not config.optimizer.peak_learning_rate:
         raise UserError("optimizer.peak_learning_rate is 0; ppo.value_learning_rate is reached as a multiple of it")
-    return rl.configure(config)
+    return iterations.configure(config)
 
 
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:
@@ -82,13 +82,16 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
             "reference_logprobs": reference_BT,
             "old_values": values_BT,
             "returns": returns_BT.astype(np.float32),
-            "kl": over_BT.sum(axis=1).astype(np.float32),
         }
+        kl = float(over_BT.sum(axis=1).mean())
+        if ppo.kl_target:
+            after = adapted_coefficient(coefficient, kl, ppo.kl_target, len(last_B), ppo.kl_horizon_answers)
+            rows["next_kl_coefficient"] = np.full(len(last_B), after, np.float32)
         if text is not None:
             rows["pretraining"] = text(iteration)
         explained = 1 - (returns_BT - values_BT)[mask_BT].var() / (returns_BT[mask_BT].var() + 1e-8)
         return rows, {
-            "kl": float(over_BT.sum(axis=1).mean()),
+            "kl": kl,
             "kl_coefficient": coefficient,
             "explained_variance": float(explained),
         }
@@ -96,11 +99,8 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
     def after(extra: dict, params: Params, means: Metrics) -> dict:
         """The penalty's weight and the average of the policy after a step."""
         extra = dict(extra)
-        if ppo.kl_target:
-            horizon = ppo.kl_horizon_answers / config.training.batch_size
-            extra["kl_coefficient"] = adapted_coefficient(
-                extra["kl_coefficient"], means["kl_answer"], ppo.kl_target, horizon
-            )
+        if ppo.kl_target:  # the same in every step of an iteration, of which one may be skipped
+            extra["kl_coefficient"] = means["next_kl_coefficient"]
         if ppo.ema_decay:
             extra["average"] = jax.tree.map(
                 lambda a, p: ppo.ema_decay * a + (1 - ppo.ema_decay) * p, extra["average"], params["policy"]
@@ -150,14 +150,13 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
             *rl.describe(config, data),
             f"critic: starts as {source.model.init_from}, {critic_config.num_layers} layers",
         ],
-        flops_per_token=None,  # most of an iteration is no training step
         after=after,
         files={TEMPLATE_FILE: data.content.form.template},
     )
 
 
 def _joined(loss: Loss, policy: Weights, value: Weights) -> Loss:
-    """The loss of what is trained; it says also how far whole answers are from the reference."""
+    """The loss of what is trained; it hands on what the penalty weighs after the iteration."""
 
     def joined(params: Params, batch: Batch, dropout_key: jax.Array | None):
         if policy.frozen is not None:
@@ -167,7 +166,9 @@ def _joined(loss: Loss, policy: Weights, value: Weights) -> Loss:
                 "critic": value.join(trained["critic"], frozen["critic"]),
             }
         total, sums = loss(params, batch, dropout_key)
-        return total, sums | {"kl_answer": batch["kl"].mean() * sums["weight"]}
+        if "next_kl_coefficient" in batch:
+            sums = sums | {"next_kl_coefficient": batch["next_kl_coefficient"].mean() * sums["weight"]}
+        return total, sums
 
     return joined
 
@@ -178,15 +179,10 @@ def _critic(config: Config, data: Data) -> tuple[Config, ModelConfig]:
     Raises:
         UserError: it has another tokenizer.
     """
-    judge = config.rl.reward if Path(config.rl.reward).is_dir() else config.model.init_from
-    folder = config.ppo.critic_from or judge
-    saved = start.model_of(Path(folder))
-    theirs = load_tokenizer(Path(folder))
-    if theirs.with_vocab_size(saved.vocab_size).fingerprint != data.tokenizer.fingerprint:
+    model = start.critic_model(config)
+    folder = model.init_from
+    if load_tokenizer(Path(folder)).with_vocab_size(model.vocab_size).fingerprint != data.tokenizer.fingerprint:
         raise UserError(f"the critic's start {folder} has another tokenizer than the policy's; ppo.critic_from another")
-    own = {name: getattr(config.model, name) for name in ("scan_layers", "remat", "attention_kernel", "compute_dtype")}
-    no_dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
-    model = dataclasses.replace(saved, value_head=True, init_from=folder, fp8=False, **own, **no_dropout)
     return dataclasses.replace(config, model=model), model
 
 

@@ -10,8 +10,8 @@ from gptjax.data.loader import RowStream, Share, TokenRows
 from gptjax.data.prepare import prepare
 from gptjax.data.shards import PreparedData, TokenArray
 from gptjax.errors import UserError
-from gptjax.model.accounting import training_flops_per_token
 from gptjax.model.gpt import GPT
+from gptjax.model.workload import Rows
 from gptjax.parametrization import multipliers
 from gptjax.sampling.generate import generate
 from gptjax.stages import callbacks, messages, start
@@ -40,7 +40,8 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         tokenizer = start.tokenizer(config)
     prepared = prepare(config.data, tokenizer or config.tokenizer, log=log)
     num_rows = (len(prepared.tokens("train")) - 1) // config.sequence_length
-    return Data(prepared.tokenizer, prepared.index.content_fingerprint, str(prepared.folder), num_rows, prepared)
+    known = prepared.tokenizer, prepared.index.content_fingerprint, str(prepared.folder)
+    return Data(*known, num_rows, Rows(1, config.sequence_length), prepared)
 
 
 def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,8 +91,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         stream=lambda position: _stream(sources, config, position, callbacks.share(config)),
         evaluate=callbacks.evaluator(config, held_out, data.tokenizer, weights.whole),
         sample=callbacks.sampler(directory, write, log),
-        description=lambda progress: messages.of_rows(config, sources, held_out),
-        flops_per_token=training_flops_per_token(config.model, config.sequence_length).total,
+        description=lambda progress: messages.of_rows(config, data, sources, held_out),
     )
 
 

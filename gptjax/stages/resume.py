@@ -1,10 +1,10 @@
 """How a run goes on: what may differ from before, where it stood, and what its logs say of steps to come again."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -98,23 +98,27 @@ def start(
     if accepted:
         state = state._replace(guard=forget(state.guard))
     progress = Progress(**metadata["progress"])
-    return state, progress._replace(left_out=_left_out(directory, progress)), metadata["seconds"]
+    left_out = distributed.from_first(lambda: _left_out(directory, progress))
+    return state, progress._replace(left_out=left_out), metadata["seconds"]
 
 
 def _left_out(directory: Path, progress: Progress) -> int:
     """The sequences to leave out, those included of rollbacks to this step that no checkpoint knows of yet."""
-    path = directory / METRICS_FILE
-    records = read_metrics(path) if distributed.is_first() and path.exists() else []
-    told = [record["left_out"] for record in records if "left_out" in record and record["step"] == progress.step]
-    return int(distributed.gather_text(str(max([progress.left_out, *told])))[0])
+    told = [r["left_out"] for r in _records(directory) if "left_out" in r and r["step"] == progress.step]
+    return max([progress.left_out, *told])
 
 
 def tried_rollbacks(directory: Path, step: int) -> list[int]:
     """The steps that the run went back to and has not come beyond: its newest checkpoint is of this step."""
+    return distributed.from_first(
+        lambda: [r["step"] for r in _records(directory) if "rolled_back_from" in r and r["step"] >= step]
+    )
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    """What the run's metrics say, which process 0 alone reads: others may see an older file."""
     path = directory / METRICS_FILE
-    records = read_metrics(path) if distributed.is_first() and path.exists() else []
-    tried = [record["step"] for record in records if "rolled_back_from" in record and record["step"] >= step]
-    return json.loads(distributed.gather_text(json.dumps(tried))[0])
+    return read_metrics(path) if path.exists() else []
 
 
 def count_lost(directory: Path, step: int, seconds: dict[str, float]) -> dict[str, float]:
@@ -125,9 +129,9 @@ def count_lost(directory: Path, step: int, seconds: dict[str, float]) -> dict[st
     summary = read_summary(directory)
     if summary and summary["step"] == step and sum(summary.get("seconds", {}).values()) > sum(seconds.values()):
         seconds = summary["seconds"]
-    if not (directory / METRICS_FILE).exists():
+    if not (records := _records(directory)):
         return seconds
-    told = [record["seconds"] for record in read_metrics(directory / METRICS_FILE) if "seconds" in record]
+    told = [record["seconds"] for record in records if "seconds" in record]
     lost = max(0.0, (told or [0.0])[-1] - sum(seconds.values()))
     return seconds | {"lost": seconds.get("lost", 0.0) + lost}
 
@@ -149,8 +153,7 @@ def make_up_evaluation(
     """Evaluate the restored step if the run was told to stop at it, just before its evaluation."""
     if progress.step == 0 or not is_due(config.training.eval_every_steps, progress.step, config.training.steps):
         return
-    path = directory / METRICS_FILE
-    records = read_metrics(path) if distributed.is_first() and path.exists() else []
-    found = any(record["step"] == progress.step and "val_loss" in record for record in records)
-    if not distributed.gather_text("evaluated" if found else "")[0]:
+    if not distributed.from_first(
+        lambda: any(r["step"] == progress.step and "val_loss" in r for r in _records(directory))
+    ):
         calls.report({"step": progress.step, "tokens": progress.tokens, **calls.evaluate(state)})

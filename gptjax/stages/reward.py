@@ -18,11 +18,11 @@ from gptjax.config import Config
 from gptjax.data.conversations import SPLIT_BY, fingerprint, left_out, read_items, split_items
 from gptjax.data.forms import ranked_answers_of
 from gptjax.data.loader import RowStream, evaluation_rows, evenly_spaced
-from gptjax.data.rankings import EncodedAnswers, RankedRows, encode_answers, longest_answer, rounded
+from gptjax.data.rankings import EncodedAnswers, PairRows, RankedRows, encode_answers, longest_answer, rounded
 from gptjax.errors import UserError
 from gptjax.evaluation.calibration import agreement, plot_calibration
-from gptjax.model.accounting import training_flops_per_token
 from gptjax.model.gpt import GPT, Params
+from gptjax.model.workload import Rows
 from gptjax.parallel import distributed, sharding
 from gptjax.parametrization import multipliers
 from gptjax.stages import callbacks, chats, messages, start
@@ -89,14 +89,20 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         *(tokenizer.fingerprint, form.template, length - (not shifted), config.data.on_long),
         *(config.data.on_error, config.data.split, SPLIT_BY, config.data.validation_fraction),
     )
-    return Data(tokenizer, mark, " ".join(config.data.path), len(sides[0]), Rankings(form, *sides))
+    content = Rankings(form, *sides)
+    if shifted:  # one to learn from is a pair, and the last token is no input
+        num_rows = sum(len(PairRows([group], 0, 0)) for group in content.train)
+        rows = Rows(2, rounded(content.longest - 1, length))
+    else:
+        num_rows, rows = len(content.train), Rows(content.num_answers, rounded(content.longest, length))
+    return Data(tokenizer, mark, " ".join(config.data.path), num_rows, rows, content)
 
 
 def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The answers to the first prompt, (K, T), and which of their tokens are an answer's."""
     rankings = data.content
-    group, tokens = rankings.train[0], rounded(rankings.longest, config.sequence_length)
-    row = RankedRows([group], len(group.answers), tokens, data.tokenizer.padding_id)[0]
+    group = rankings.train[0]
+    row = RankedRows([group], len(group.answers), data.rows.num_tokens, data.tokenizer.padding_id)[0]
     mask_KT = np.zeros(row["tokens"].shape, bool)
     for k, answer in enumerate(group.answers):
         mask_KT[k, : len(answer.learned)] = answer.learned
@@ -106,9 +112,9 @@ def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray,
 def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str], None]) -> Stage:
     """The stage under the current mesh."""
     rankings, training, padding = data.content, config.training, data.tokenizer.padding_id
-    num_tokens = rounded(rankings.longest, config.sequence_length)
+    num_answers, num_tokens = data.rows
     rows, held_out = (
-        RankedRows(side, rankings.num_answers, num_tokens, padding) for side in (rankings.train, rankings.validation)
+        RankedRows(side, num_answers, num_tokens, padding) for side in (rankings.train, rankings.validation)
     )
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer, multipliers(config.model))
     weights = weights_of(config, model, log)
@@ -132,7 +138,6 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         log(f"agrees in {found.accuracy:.1%} of {found.pairs} held-out pairs (95 % interval {low:.1%} to {high:.1%})")
         return {"val_accuracy": found.accuracy, "val_accuracy_interval": [low, high]}
 
-    per_row = training_flops_per_token(config.model, num_tokens).total * num_tokens
     return Stage(
         loss=weights.loss(reward_loss(model)),
         optimizer=optimizer,
@@ -144,11 +149,9 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         sample=lambda state, progress: None,  # it writes nothing
         finish=finish,
         description=lambda progress: [
-            f"{len(rows):,} prompts with up to {rankings.num_answers} answers, rows of {num_tokens} tokens",
-            *messages.of_rows(config, {" ".join(config.data.path): rows}, held_out),
+            f"{len(rows):,} prompts with up to {num_answers} answers, rows of {num_tokens} tokens",
+            *messages.of_rows(config, data, {" ".join(config.data.path): rows}, held_out),
         ],
-        # The head makes one number and not a vocabulary, which is a small part of this that is counted too much.
-        flops_per_token=rankings.num_answers * per_row / config.sequence_length,
         files={TEMPLATE_FILE: rankings.form.template},
     )
 

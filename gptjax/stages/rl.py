@@ -1,8 +1,6 @@
 """What PPO and GRPO share: answers that the policy draws, what they are worth, and rows to learn from.
 
-A dispatch of the loop is an iteration: answers are drawn with the parameters as they are, judged, and learned from in
-`training.steps_per_dispatch` optimizer steps. A checkpoint therefore stands between iterations, and a run that goes on
-draws the same answers as one that was not stopped.
+In an iteration (`iterations.py`) answers are drawn with the parameters as they are, judged, and learned from.
 
 Legend: B answers, P prompts, G answers of a prompt, T tokens of prompt and answer, N tokens of an answer.
 """
@@ -18,6 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from gptjax.checks import require
 from gptjax.config import Config
 from gptjax.data.conversations import SPLIT_BY, fingerprint, left_out, read_items, split_items
 from gptjax.data.forms import Task, require_right_answer, task_of
@@ -28,10 +27,12 @@ from gptjax.data.tasks import Prompt, PromptOrder, encode_prompts, padded_tokens
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import JUDGED_BY_ANSWER, find_reward
 from gptjax.model.gpt import Params
+from gptjax.model.workload import Rows
 from gptjax.parallel import sharding
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.rollout import Rollout, longest_prompt, rollout
 from gptjax.stages import callbacks, chats, messages, start
+from gptjax.stages.iterations import group_size
 from gptjax.stages.judges import Judge, make_judge
 from gptjax.stages.stage import Data
 from gptjax.text.chat import ChatFormat
@@ -49,39 +50,6 @@ class Prompts(NamedTuple):
     train: list[Prompt]
     validation: list[Prompt]
     padded_tokens: int
-
-
-def group_size(config: Config) -> int:
-    """Answers that are drawn to each prompt."""
-    return config.grpo.group_size if config.stage == "grpo" else 1
-
-
-def configure(config: Config) -> Config:
-    """A dispatch is an iteration, and intervals are whole iterations: the next longer ones.
-
-    Raises:
-        UserError: batches do not divide an iteration's answers, or groups do not.
-    """
-    rl, training, group = config.rl, config.training, group_size(config)
-    for what, size in (("training.batch_size", training.batch_size), ("the size of a group", group)):
-        if rl.answers % size:
-            nearest = max(1, round(rl.answers / size)) * size
-            raise UserError(f"rl.answers {rl.answers} is not a multiple of {what} {size}; the nearest is {nearest}")
-    steps = rl.inner_epochs * rl.answers // training.batch_size
-
-    def whole(interval: int) -> int:
-        return -(-interval // steps) * steps
-
-    training = dataclasses.replace(
-        training,
-        steps_per_dispatch=steps,
-        steps=None if training.steps is None else whole(training.steps),
-        log_every_steps=whole(training.log_every_steps),
-        eval_every_steps=whole(training.eval_every_steps),
-        sample_every_steps=whole(training.sample_every_steps),
-    )
-    checkpoint = dataclasses.replace(config.checkpoint, every_steps=whole(config.checkpoint.every_steps))
-    return dataclasses.replace(config, training=training, checkpoint=checkpoint)
 
 
 def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], None]) -> Data:
@@ -120,8 +88,9 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         *(config.data.on_error, config.data.split, SPLIT_BY, config.data.validation_fraction),
     )
     content = Prompts(form, *sides, padded_tokens([*sides[0], *sides[1]], most_tokens))
+    rows = Rows(1, rounded(content.padded_tokens + config.rl.answer_tokens - 1, length))
     num_rows = len(sides[0]) * group_size(config) * config.rl.inner_epochs
-    return Data(tokenizer, mark, " ".join(config.data.path), num_rows, content)
+    return Data(tokenizer, mark, " ".join(config.data.path), num_rows, rows, content)
 
 
 def _task(record: Record, judged: bool) -> Task:
@@ -152,8 +121,7 @@ def reward_of(config: Config, data: Data) -> Judge:
 
 def row_tokens(config: Config, data: Data) -> int:
     """T: prompt and answer, of which all but the last are inputs, padded so that meshes can divide those."""
-    inputs = data.content.padded_tokens + config.rl.answer_tokens - 1
-    return rounded(inputs, _room(config)[0]) + 1
+    return data.rows.num_tokens + 1
 
 
 class Drawn(NamedTuple):
@@ -239,10 +207,19 @@ class AnswerStream:
         self.on_policy = True
 
     def take(self, num_rows: int, state: TrainState) -> Batch:
-        """Draw an iteration's answers with the policy as it is, and judge them."""
+        """Draw an iteration's answers with the policy as it is, and judge them.
+
+        Raises:
+            UserError: other than an iteration is asked for, of which the rest would be drawn once more.
+        """
         config, group = self._config, group_size(self._config)
         rl, seed = config.rl, config.training.seed
-        iteration = self.position // (rl.answers * rl.inner_epochs)
+        iteration, inside = divmod(self.position, rl.answers * rl.inner_epochs)
+        require(
+            not inside and num_rows == rl.answers * rl.inner_epochs,
+            f"{num_rows} rows after the first {self.position} are no iteration of {rl.answers * rl.inner_epochs}; give "
+            "the run the rl.answers, rl.inner_epochs and training.batch_size that it began with",
+        )
         self.position += num_rows
         prompts = [self._order[iteration * (rl.answers // group) + i] for i in range(rl.answers // group)]
         key = jax.random.fold_in(jax.random.key(seed), iteration)
@@ -264,7 +241,7 @@ class AnswerStream:
             "judge_seconds": time.perf_counter() - started,
         }
         # Each epoch in an order of its own, of which a process takes its rows of every micro-batch.
-        numbers = np.concatenate([order.permutation(rl.answers) for _ in range(rl.inner_epochs)])[:num_rows]
+        numbers = np.concatenate([order.permutation(rl.answers) for _ in range(rl.inner_epochs)])
         size = config.training.resolved_micro_batch_size
         numbers = numbers.reshape(-1, size)[:, sharding.local_rows(size)].ravel()
         return {name: values[numbers] for name, values in rows.items()}

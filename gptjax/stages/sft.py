@@ -17,8 +17,8 @@ from gptjax.data.forms import conversation_of
 from gptjax.data.loader import RowStream
 from gptjax.data.packing import Example, PackedRows, fit_rows
 from gptjax.errors import UserError
-from gptjax.model.accounting import training_flops_per_token
 from gptjax.model.gpt import GPT
+from gptjax.model.workload import Rows
 from gptjax.parametrization import multipliers
 from gptjax.stages import callbacks, chats, messages, start
 from gptjax.stages.stage import Data, Stage, as_given
@@ -83,7 +83,8 @@ def load_data(config: Config, tokenizer: Tokenizer | None, log: Callable[[str], 
         ),
     )
     rows, held_out = (PackedRows(side, length, tokenizer.padding_id) for side in sides)
-    return Data(tokenizer, mark, " ".join(config.data.path), len(rows), Conversations(form, rows, held_out))
+    content = Conversations(form, rows, held_out)
+    return Data(tokenizer, mark, " ".join(config.data.path), len(rows), Rows(1, length), content)
 
 
 def example_rows(config: Config, data: Data, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +105,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
 
     def description(progress) -> list[str]:
         sources = {" ".join(config.data.path): rows}
-        return [*messages.of_rows(config, sources, held_out), f"packing: rows are {rows.fill:.1%} full"]
+        return [*messages.of_rows(config, data, sources, held_out), f"packing: rows are {rows.fill:.1%} full"]
 
     return Stage(
         loss=weights.loss(
@@ -118,6 +119,5 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         evaluate=callbacks.evaluator(config, held_out, data.tokenizer, weights.whole),
         sample=chats.sampler(config, directory, data.tokenizer, form, weights.whole, log),
         description=description,
-        flops_per_token=training_flops_per_token(config.model, config.sequence_length).total,
         files={TEMPLATE_FILE: form.template},
     )

@@ -7,6 +7,7 @@ import optax
 
 from gptjax.config import Config
 from gptjax.model.gpt import Params
+from gptjax.model.workload import Rows
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.loop import Stream
 from gptjax.training.losses import Loss
@@ -31,6 +32,8 @@ class Data(NamedTuple):
     """Where it lies, for messages."""
     num_rows: int
     """To train on, in one epoch."""
+    rows: Rows
+    """What each of these is to the model."""
     content: Any
     """What the stage makes its rows of."""
 
@@ -55,8 +58,6 @@ class Stage(NamedTuple):
     sample: Callable[[TrainState, Progress], None]
     description: Callable[[Progress], Sequence[str]]
     """Lines about its data and its evaluation, for the start of a run."""
-    flops_per_token: float | None
-    """Of training, by the formula of MFU, for each token of `Progress`; None: unknown, and MFU with it."""
     frozen: Params | None = None
     """Parameters that are not trained, as `make_train_step` takes them."""
     after: Callable[[Any, Params, Metrics], Any] | None = None

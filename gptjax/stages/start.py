@@ -1,6 +1,7 @@
 """What a run starts from: parameters that are drawn, or those of another run, with its shape and its tokenizer."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gptjax.interop.places import is_foreign
 from gptjax.interop.transfer import imported_from
 from gptjax.interop.word_vectors import embed_words
 from gptjax.model.gpt import GPT, VALUE_HEAD, Params
+from gptjax.model.workload import Networks, NetworksOf, Rows, fewest_rows, networks
 from gptjax.text.files import load_tokenizer
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.training.load import load_run
@@ -87,6 +89,33 @@ def _row_length(place: Path, model: ModelConfig) -> tuple[int, str]:
     if length == model.context_length:
         return length, f"the context of {place}"
     return length, f"at most so many of the {model.context_length} that {place} can read"
+
+
+def critic_model(config: Config) -> ModelConfig:
+    """PPO's critic: the model of `ppo.critic_from`, of the reward model, or of the run that the policy starts from."""
+    judge = config.rl.reward if os.path.isdir(config.rl.reward) else config.model.init_from
+    folder = config.ppo.critic_from or judge
+    own = {name: getattr(config.model, name) for name in ("scan_layers", "remat", "attention_kernel", "compute_dtype")}
+    no_dropout = dict.fromkeys(DROPOUTS, 0.0)
+    saved = model_of(Path(folder))
+    return dataclasses.replace(saved, value_head=True, init_from=folder, fp8=False, **own, **no_dropout)
+
+
+def networks_of(config: Config, rows: Rows | None = None) -> NetworksOf:
+    """What `workload.networks` makes of a configuration, with the models that other folders hold.
+
+    Args:
+        rows: of a sequence; None: the least that the data can make of it.
+    """
+    rewarded = config.stage in ("ppo", "grpo") and os.path.isdir(config.rl.reward)
+    judge = model_of(Path(config.rl.reward)) if rewarded else None
+    critic = critic_model(config) if config.stage == "ppo" else None
+
+    def found(config: Config) -> Networks:
+        known = None if critic is None else dataclasses.replace(critic, compute_dtype=config.model.compute_dtype)
+        return networks(config, rows or fewest_rows(config), known, judge)
+
+    return found
 
 
 def model_of(place: Path) -> ModelConfig:

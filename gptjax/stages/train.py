@@ -1,6 +1,7 @@
 """A run of any stage, from its configuration to its summary: what stages share around step, loop and checkpoints."""
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -15,6 +16,7 @@ from gptjax.config_files import to_dict
 from gptjax.errors import UserError
 from gptjax.model.accounting import mfu, parameter_counts, peak_flops
 from gptjax.model.fp8 import require_hardware
+from gptjax.model.workload import Networks, flops_per_token, sequence_tokens
 from gptjax.parallel import distributed
 from gptjax.parallel.launch import DistributedConfig
 from gptjax.parallel.mesh import make_mesh
@@ -80,7 +82,7 @@ def train(
             with distributed.together():
                 config = resume.merge_with_saved(config, directory, accept_changes, console)
             summary = read_summary(directory)
-            if summary and summary["stopped"] == "finished" and summary["step"] >= (config.training.steps or 0):
+            if summary and summary["stopped"] == "finished" and summary["step"] >= (config.training.steps or math.inf):
                 console.message(f"{directory} is finished: {summary['step']} steps")
                 console.message(messages.next_command(directory, config, "finished"))
                 return summary
@@ -99,10 +101,10 @@ def train(
                 data = stage.load_data(config, tokenizer, console.message)
             if continued:
                 resume.check_same_tokenizer(directory, data.tokenizer)
-            config = resolve(config, jax.devices(), data.tokenizer, num_rows=data.num_rows)
+            networks_of = start.networks_of(config, data.rows)
+            config = resolve(config, jax.devices(), data.tokenizer, num_rows=data.num_rows, networks_of=networks_of)
             data = data._replace(tokenizer=data.tokenizer.with_vocab_size(config.model.vocab_size))
-            memory = memory_bytes(jax.local_devices()[0])
-            require_fits(config.mesh, config.model, config.training, memory, config.optimizer)
+            require_fits(config, memory_bytes(jax.local_devices()[0]), networks_of)
             with jax.set_mesh(make_mesh(config.mesh)):
                 opened = stage.open_stage(config, data, directory, console.message)
                 return _run(config, directory, data, opened, console, require_folder, accept_changes, started)
@@ -119,6 +121,7 @@ def _run(
     started: float,
 ) -> dict[str, Any]:
     """Everything from the first array to the summary, under the mesh."""
+    held = start.networks_of(config, data.rows)(config)
     with stop_on_signals() as stop, ExitStack() as opened:
         state, progress, seconds_before = resume.start(config, stage, directory, data, console, accept_changes)
         manager = opened.enter_context(checkpoint.open_checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint))
@@ -132,7 +135,7 @@ def _run(
                 seconds_before = resume.count_lost(directory, progress.step, seconds_before)
                 resume.cut_back(directory, progress.step)
                 loggers = opened.enter_context(open_loggers(directory, config, progress.step, console.message))
-        console.message(messages.description(config, progress, stage.description(progress)))
+        console.message(messages.description(config, held, progress, stage.description(progress)))
         ledger = Ledger(seconds_before, started)
         calls = Callbacks(
             report=callbacks.reporter(config, MetricsLog(directory / METRICS_FILE), loggers, console),
@@ -161,8 +164,9 @@ def _run(
                 stream,
                 calls,
                 ledger,
-                _mfu_per_token_rate(config, stage),
+                _mfu_per_token_rate(config, held),
                 profiler,
+                sequence_tokens(held),
             )
             del state  # or a diverged one would stay in memory beside the one that takes its place
             try:
@@ -244,13 +248,14 @@ def _with_mesh(config: Config, console: Console) -> Config:
     # The vocabulary is not known before the data is.
     model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
     memory = memory_bytes(jax.local_devices()[0])
-    mesh, reason = resolve_mesh(config.mesh, len(devices), model, config.training, memory, config.optimizer)
+    networks_of = start.networks_of(config)
+    mesh, reason = resolve_mesh(dataclasses.replace(config, model=model), len(devices), memory, networks_of)
     if len(devices) > 1:
         console.message(f"mesh {messages.axes(mesh)}: {reason}")
     messages.attention_kernels(dataclasses.replace(config, mesh=mesh))  # refuses one that is forced and cannot run
     if config.model.fp8:
         require_hardware(devices[0])
-    require_fits(mesh, config.model, config.training, memory, config.optimizer)
+    require_fits(dataclasses.replace(config, mesh=mesh), memory, networks_of)
     if config.guard.rerun_every_steps and devices[0].platform == "gpu" and not config.training.deterministic:
         raise UserError(
             "guard.rerun_every_steps compares bit for bit, which on a GPU needs training.deterministic; "
@@ -286,9 +291,7 @@ def _profiler(config: Config, directory: Path, console: Console) -> Profiler | N
     return None if window is None else Profiler(window, folder, console.message)
 
 
-def _mfu_per_token_rate(config: Config, stage: Stage) -> float | None:
-    if stage.flops_per_token is None:
-        return None
+def _mfu_per_token_rate(config: Config, held: Networks) -> float | None:
     device = jax.devices()[0]
     peak = peak_flops(device.device_kind, config.model.compute_dtype)
-    return mfu(1.0, stage.flops_per_token, jax.device_count(), peak)
+    return mfu(1.0, flops_per_token(held).total, jax.device_count(), peak)

@@ -10,6 +10,7 @@ import optax
 from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.model import lora
+from gptjax.model.accounting import adapter_parameters
 from gptjax.model.gpt import GPT, VALUE_HEAD, Params
 from gptjax.stages import start
 from gptjax.text.tokenizer import Tokenizer
@@ -86,7 +87,6 @@ def weights_of(config: Config, model: GPT, log: Callable[[str], None], tokenizer
 
     merged = jax.jit(lambda trained, frozen: lora.merge(join(trained, frozen)))
     log(
-        f"adapters of rank {config.lora.rank}: {lora.adapter_parameters(model.config, config.lora):,} parameters are "
-        "trained"
+        f"adapters of rank {config.lora.rank}: {adapter_parameters(model.config, config.lora):,} parameters are trained"
     )
     return Weights(base, new_adapters, draw, join, lambda trained: merged(trained, base))

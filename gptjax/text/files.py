@@ -1,7 +1,6 @@
 """Tokenizers that a user brings, wherever they lie and however they are written."""
 
 import difflib
-import json
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.errors import UserError
 from gptjax.interop.gguf import is_gguf, open_gguf
+from gptjax.plain_files import read_json, read_text
 from gptjax.text.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, read_files
 from gptjax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -59,14 +59,12 @@ def _of_gguf(path: Path) -> Tokenizer:
 def _load_gpt2(vocabulary: Path, merges: Path) -> Tokenizer:
     """GPT-2's byte-level BPE (Radford et al. 2019) of a JSON object, token to id, and a list of merges."""
     try:
-        ids = json.loads(vocabulary.read_text(encoding="utf-8"))
+        ids = read_json(vocabulary)
         beside = vocabulary.with_name(ADDED_TOKENS)
-        added = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        added = read_json(beside) if beside.is_file() else {}
+        lines = read_text(merges).split("\n")
     except OSError as error:
         raise UserError(f"no tokenizer {vocabulary}: {error.filename} is missing beside it") from error
-    except ValueError as error:
-        raise UserError(f"{vocabulary} is no GPT-2 vocabulary: {error}") from error
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
         backend = tokenizers.Tokenizer(models.BPE(ids | added, pairs))

@@ -5,12 +5,12 @@ by name, and in `generation_config.json` and `config.json` by id. What was read 
 directory into a run and from a run into a directory. It is guessed by name only where no file says it.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptjax.errors import UserError
+from gptjax.plain_files import read_json
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 FILES = (TOKENIZER_CONFIG, GENERATION_CONFIG)
@@ -51,13 +51,9 @@ def read_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no object of fields")
     return values

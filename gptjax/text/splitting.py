@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator
 
-# Where every byte-level tokenizer that we know splits, GPT-2's, GPT-4's and ours among them: after a line break
-# between visible characters, and before a single space between them.
-_CUT = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
+# Where every byte-level tokenizer that we know splits, GPT-2's, GPT-4's, GPT-4o's and ours among them: after a line
+# break between visible characters, and before a single space between them. GPT-4o's takes a slash after punctuation and
+# line breaks to both.
+_CUT = re.compile(r"(?<=\S\n)(?=[^\s/])|(?<=\S)(?= \S)")
 _CUT_SEARCH_CHARACTERS = 4096
 
 

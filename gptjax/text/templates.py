@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
+from gptjax.plain_files import read_json, read_text
 from gptjax.text.special_tokens import TOKENIZER_CONFIG
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -22,8 +23,8 @@ def template_file(folder: Path) -> Path | None:
         return folder / TEMPLATE_FILE
     path = folder / TOKENIZER_CONFIG
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_json(path)
+    except (OSError, UserError):
         return None
     return path if isinstance(values, dict) and values.get("chat_template") else None
 
@@ -37,11 +38,9 @@ def read_template(path: Path) -> str:
         UserError: the file is missing, or holds none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.chat_template {path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        text = read_text(path)
+    except OSError as error:
+        raise UserError(f"data.chat_template {path} cannot be read: {error.strerror}") from None
     if path.suffix != ".json":
         return text
     try:

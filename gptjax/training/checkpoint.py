@@ -33,6 +33,9 @@ from gptjax.training.manager import (
 
 PyTree = Any
 
+SAVE_SECONDS = 24 * 3600
+"""How long processes wait, behind the training, for the slowest to write and for process 0 to sum up what all wrote."""
+
 
 @contextlib.contextmanager
 def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> Iterator[ocp.CheckpointManager]:
@@ -51,7 +54,9 @@ def open_checkpoints(directory: str | os.PathLike, config: CheckpointConfig) -> 
         best_fn=validation_loss,  # without it Orbax writes no metrics
         # Called behind the training, by the first process, when all is written and just before the step gets its
         # name: a step that is there has its checksums.
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=lambda: write_manifests(directory)),
+        async_options=ocp.options.AsyncOptions(
+            timeout_secs=SAVE_SECONDS, post_finalization_callback=lambda: write_manifests(directory)
+        ),
     )
     remove_removed(directory)
     manager = open_manager(directory, options)

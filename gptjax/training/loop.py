@@ -82,6 +82,7 @@ def fit(
     ledger: Ledger,
     mfu_per_token_rate: float | None,
     profiler: Profiler | None = None,
+    sequence_tokens: int | None = None,
 ) -> tuple[TrainState, Progress]:
     """Train from `progress` to `training.steps`, or until asked to stop.
 
@@ -93,6 +94,7 @@ def fit(
         stream: positioned at `progress.position`.
         mfu_per_token_rate: MFU at one token a second; None where the device's peak is unknown.
         profiler: traces the steps of its window, which no speed counts; None: no step is traced.
+        sequence_tokens: of one sequence of a batch; None: as many as a row of text has.
 
     Raises:
         Diverged: `guard.max_skipped` steps in a row were skipped, which is noticed where an interval ends; or an
@@ -121,7 +123,7 @@ def fit(
             jax.block_until_ready(metrics)
             history.settle(progress)
         with ledger("rollout" if stream.on_policy else data_kind):
-            batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps, state)
+            batch, counts_K, rates_K, progress = next_batch(config, stream, progress, num_steps, state, sequence_tokens)
         if compiled and guard.rerun_every_steps and progress.step % guard.rerun_every_steps == 0:
             state, metrics, differing = run_twice(train_step, state, batch, counts_K, rates_K, num_steps)
             if differing:
@@ -195,8 +197,15 @@ def _next_boundary(step: int, intervals: Iterable[int], steps: int) -> int:
     return min([steps, *((step // interval + 1) * interval for interval in intervals if interval)])
 
 
-def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: int, state: TrainState):
-    """The arguments of `train_step` for the next steps, and the progress after them."""
+def next_batch(
+    config: Config,
+    stream: Stream,
+    progress: Progress,
+    num_steps: int,
+    state: TrainState,
+    sequence_tokens: int | None = None,
+):
+    """The arguments of `train_step` for the next steps, and the progress after them; tokens as `fit` has them."""
     training = config.training
     K, B = training.steps_per_dispatch, training.resolved_micro_batch_size
     A = training.batch_size // B
@@ -205,7 +214,7 @@ def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: in
         size = batch_size(training, progress)
         counts_K[k] = size // B
         rates_K[k] = learning_rate(config.optimizer, progress)
-        progress = progress.advance(size, config.sequence_length)
+        progress = progress.advance(size, sequence_tokens or config.sequence_length)
     rows = stream.take(int(counts_K.sum()) * B, state)
     rows = rows if isinstance(rows, Mapping) else {"tokens": rows}
 
@@ -220,7 +229,7 @@ def next_batch(config: Config, stream: Stream, progress: Progress, num_steps: in
     return {name: laid_out(values) for name, values in rows.items()}, counts_K, rates_K, progress
 
 
-_KNOWN = ("loss", "grad_norm", "weight", "skipped", "skipped_in_a_row", "kl_answer")
+_KNOWN = ("loss", "grad_norm", "weight", "skipped", "skipped_in_a_row", "next_kl_coefficient")
 """Metrics that are reported otherwise or not at all; the others have the names that their stage gives them."""
 
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from gptjax.config import ModelConfig
 from gptjax.model.gpt import GPT, Head, Params, finish_logits, head_logits
-from gptjax.model.layers import matmul, precision, weight_gradient
+from gptjax.model.layers import matmul, weight_gradient
 from gptjax.parallel import sharding
+from gptjax.parallel.precision import precision
 
 Batch = Mapping[str, jax.Array]
 """`tokens` (B, T+1) int32: inputs and, shifted by one, labels. Optional: `loss_mask` (B, T+1), 1 where a token

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from gptjax.errors import UserError
+from gptjax.plain_files import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,13 +49,8 @@ class MetricsLog:
 
 
 def metrics_line(record: Mapping[str, Any]) -> str:
-    """A record as it stands in `metrics.jsonl`. JSON has no NaN and no infinity: they become null."""
-
-    def plain(value: Any) -> Any:
-        value = value.item() if hasattr(value, "item") else value
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps({name: plain(value) for name, value in record.items()}, allow_nan=False) + "\n"
+    """A record as it stands in `metrics.jsonl`."""
+    return to_json(record, ascii_only=True) + "\n"
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -51,4 +51,7 @@ def orthogonalize(x_LDF: jax.Array) -> jax.Array:
     # of its Muon the orthogonalization, which it does not export; the momentum itself is summed in its shards before.
     numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     alone = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=numbers)
-    return alone.update(x_LDF, alone.init(x_LDF))[0].astype(jnp.float32)
+    # Approximate as it is, it needs no more than ten bits of mantissa; float32's own would take GPUs eight times as
+    # long, and by default TPUs would have seven.
+    with jax.default_matmul_precision("high"):
+        return alone.update(x_LDF, alone.init(x_LDF))[0].astype(jnp.float32)

@@ -10,7 +10,7 @@ from gptjax.config import OptimizerConfig
 from gptjax.parametrization import STANDARD, Multipliers
 from gptjax.training.muon import in_block, is_hidden_matrix, muon
 
-DECAYED = ("w", "embedding", "positions", "head")
+DECAYED = ("w", "embedding", "positions", "head", "value_head")
 """Names of the parameters that weight decay pulls to zero: all but norms and biases, as GPT-3 does."""
 
 
@@ -61,5 +61,9 @@ def owners(params: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """Which parameters decay, by the last part of their name."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+    """Which parameters decay: by the last part of their name, and all of adapters, whose `b` is no bias."""
+
+    def decays(path: tuple, _: Any) -> bool:
+        return path[-1].key in DECAYED or "adapters" in [part.key for part in path]
+
+    return jax.tree_util.tree_map_with_path(decays, params)

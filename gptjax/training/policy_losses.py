@@ -43,6 +43,11 @@ def whiten(values_BT: np.ndarray, mask_BT: np.ndarray, keep_mean: bool = False) 
     return np.where(mask_BT, white_BT, 0.0)
 
 
+def all_alike(rewards_PG: np.ndarray) -> np.ndarray:
+    """(P,) whether the rewards of a group are all equal. A mean is rounded, so that their deviation need not be 0."""
+    return rewards_PG.max(axis=1) == rewards_PG.min(axis=1)
+
+
 def group_advantages(rewards_PG: np.ndarray, divide_by_deviation: bool) -> np.ndarray:
     """Each answer's reward less its group's mean (GRPO, Shao et al. 2024, section 4.1.2), over its deviation or not.
 
@@ -50,6 +55,7 @@ def group_advantages(rewards_PG: np.ndarray, divide_by_deviation: bool) -> np.nd
     GRPO, Liu et al. 2025). A group whose rewards are all equal has advantage 0.
     """
     centered_PG = rewards_PG - rewards_PG.mean(axis=1, keepdims=True)
+    centered_PG = np.where(all_alike(rewards_PG)[:, None], 0.0, centered_PG)
     return centered_PG / (rewards_PG.std(axis=1, keepdims=True) + 1e-6) if divide_by_deviation else centered_PG
 
 
@@ -75,7 +81,10 @@ def clipped_value_loss(values_BT: jax.Array, old_BT: jax.Array, returns_BT: jax.
 
 
 def divergence(logprobs_BT: jax.Array, reference_BT: jax.Array) -> jax.Array:
-    """An estimate of KL(policy, reference) at each token that is never negative (GRPO's equation 4; Schulman's k3)."""
+    """An estimate of KL(policy, reference) at each token that is never negative (GRPO's equation 4; Schulman's k3).
+
+    Its mean is the KL where the policy has drawn the tokens.
+    """
     lead_BT = reference_BT - logprobs_BT
     return jnp.exp(lead_BT) - lead_BT - 1
 
@@ -164,7 +173,7 @@ def policy_loss(
             "policy_loss": total,
             "entropy": mean(found.entropy_BT),
             "clip_fraction": mean(clipped_BT.astype(jnp.float32)),
-            "kl_old": mean(divergence(found.logprobs_BT, old_BT)),
+            "kl_old": mean(divergence(old_BT, found.logprobs_BT)),  # the old policy has drawn the tokens
         }
         if "reference_logprobs" in batch:
             apart_BT = divergence(found.logprobs_BT, of("reference_logprobs"))
@@ -185,7 +194,9 @@ def policy_loss(
     return loss
 
 
-def adapted_coefficient(coefficient: jax.Array, kl: jax.Array, target: float, horizon_steps: float) -> jax.Array:
-    """The penalty's weight after a step that was `kl` from the reference (Ziegler et al. 2019, equation 4)."""
-    error = jnp.clip(kl / target - 1, -0.2, 0.2)
-    return coefficient * (1 + error / horizon_steps)
+def adapted_coefficient(coefficient: float, kl: float, target: float, answers: int, horizon_answers: float) -> float:
+    """The penalty's weight after so many answers, `kl` nats from the reference each (Ziegler et al. 2019, equation 4).
+
+    They are counted once, however often they are learned from.
+    """
+    return coefficient * (1 + min(max(kl / target - 1, -0.2), 0.2) * answers / horizon_answers)

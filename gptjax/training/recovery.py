@@ -4,7 +4,6 @@ Of several processes the first alone reads the files, and all learn what it foun
 """
 
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -54,8 +53,7 @@ def verify_step(directory: str | os.PathLike, step: int, max_bytes: int | None =
 
 def agreed_steps(directory: str | os.PathLike) -> list[int]:
     """The steps that there are, from the newest on, as process 0 sees them: others may see an older list."""
-    found = json.dumps(all_steps(directory)[::-1] if distributed.is_first() else [])
-    return json.loads(distributed.gather_text(found)[0])
+    return distributed.from_first(lambda: all_steps(directory)[::-1])
 
 
 def choose(
@@ -74,11 +72,9 @@ def choose(
     Raises:
         UserError: all are damaged; a step holds files that are not its own, or its manifest is of a newer format.
     """
-    found = ""
-    with distributed.together():
-        if distributed.is_first():
-            found = json.dumps(_choose(directory, order, glance) if verify else (order(directory)[0], "unread", {}))
-    step, status, damaged = json.loads(distributed.gather_text(found)[0])
+    step, status, damaged = distributed.from_first(
+        lambda: _choose(directory, order, glance) if verify else (order(directory)[0], "unread", {})
+    )
     return Choice(step, status, {int(number): reason for number, reason in damaged.items()})
 
 

@@ -10,7 +10,6 @@ import difflib
 import fnmatch
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import subprocess
@@ -23,9 +22,19 @@ import jax
 
 from gptjax.checks import require
 from gptjax.config import Config
-from gptjax.config_files import HOW_TO_USE, differences, flat, replace_fields, require_own, saved_config, to_dict
+from gptjax.config_files import (
+    HOW_TO_USE,
+    differences,
+    flat,
+    opened,
+    replace_fields,
+    require_own,
+    saved_config,
+    to_dict,
+)
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
+from gptjax.plain_files import read_json, to_json
 from gptjax.training.metrics import metrics_line, read_metrics
 
 CONFIG_FILE = "config.json"
@@ -45,6 +54,7 @@ MAY_CHANGE = (
     "model.remat",
     "model.attention_kernel",
     "training.steps",
+    "training.epochs",
     "training.log_every_steps",
     "training.eval_every_steps",
     "training.eval_sequences",
@@ -100,7 +110,7 @@ def writable(path: str | os.PathLike) -> Iterator[None]:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write plain data as JSON, as `write_text` does."""
-    write_text(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(Path(path), to_json(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -200,14 +210,12 @@ def load_run_config(run: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     """
     path = Path(run) / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except NotADirectoryError as error:
         hint = f"; {HOW_TO_USE.format(run)}" if path.parent.suffix == ".gguf" else ""
         raise UserError(f"{run} is not a run, but a file{hint}") from error
     except FileNotFoundError as error:
         raise UserError(f"{run} is not a run: it has no {CONFIG_FILE}; runs beside it: {_runs_beside(path)}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
     require_own(values, path)
     return saved_config(values), values.get("environment", {})
 
@@ -223,8 +231,9 @@ def merge_resume(
 ) -> tuple[Config, dict[str, tuple[Any, Any]]]:
     """The configuration with which a run goes on.
 
-    Fields that the request leaves open are the saved run's, except those of `mesh`, which are derived anew from
-    the devices at hand. In particular the learning rate keeps its schedule when `training.steps` grows.
+    Fields that the request leaves open are the saved run's, except those that are derived anew: of `mesh`, from the
+    devices at hand, and what followed from other fields (`opened`). The learning rate keeps its schedule when
+    `training.steps` grows; the steps follow `training.epochs` where that alone changes.
 
     Args:
         accepted: fields that may change although they decide what the run has learned so far.
@@ -240,20 +249,29 @@ def merge_resume(
     data = dataclasses.replace(saved.data, chat_date=saved.data.chat_date or requested.data.chat_date)
     changes = differences(dataclasses.replace(saved, model=saved.model.filled(), data=data), requested)
     left_open = {name: before for name, (before, after) in changes.items() if after is None}
+    followed, follows = ({n for n, v in flat(opened(config)).items() if v is None} for config in (saved, requested))
     left_open = {name: before for name, before in left_open.items() if not name.startswith("mesh.")}
+    left_open = {name: before for name, before in left_open.items() if name not in followed}
     changes = {name: change for name, change in changes.items() if change[1] is not None}
     known = flat(saved)
     for name in accepted:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         require(name in known, f"--accept-changes {name} names no field of the configuration; did you mean {near}?")
     may_change = (*MAY_CHANGE, *accepted)
-    refused = [name for name in changes if not any(fnmatch.fnmatch(name, pattern) for pattern in may_change)]
+    refused = [
+        name
+        for name in changes
+        if not (name in followed and name in follows)  # what it follows from is what has changed
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in may_change)
+    ]
     if refused:
         listed = ", ".join(f"{name} {changes[name][0]} → {changes[name][1]}" for name in refused)
         raise UserError(
             f"{requested.run_dir or saved.run_dir} was made with another configuration: {listed}; "
             f"leave these as they were, choose another --run-dir, or go on with --accept-changes {' '.join(refused)}"
         )
+    if "training.epochs" in changes and "training.steps" not in changes:
+        left_open["training.steps"] = None
     return replace_fields(requested, left_open), changes
 
 

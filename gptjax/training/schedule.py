@@ -16,6 +16,8 @@ class Progress(NamedTuple):
     step: int = 0
     sequences: int = 0
     tokens: int = 0
+    """That the trained model has read, padding included (`workload.sequence_tokens`). A run that began when each
+    sequence was counted as one row of text goes on from the count that it has saved."""
     left_out: int = 0
     """Sequences that were passed over, because the run diverged on them."""
 
@@ -81,11 +83,26 @@ def batch_size(config: TrainingConfig, progress: Progress) -> int:
     return max(micro, int(grown) // micro * micro)
 
 
-def final_progress(config: TrainingConfig, sequence_length: int) -> Progress:
-    """The progress at the end of a run, its batch ramp included."""
+def final_progress(config: TrainingConfig, sequence_tokens: int) -> Progress:
+    """The progress at the end of a run, its batch ramp included.
+
+    Args:
+        sequence_tokens: of one sequence of a batch, as far as the model reads them.
+    """
     progress = Progress()
     while progress.step < config.steps and (size := batch_size(config, progress)) < config.batch_size:
-        progress = progress.advance(size, sequence_length)
+        progress = progress.advance(size, sequence_tokens)
     left = config.steps - progress.step
     sequences = progress.sequences + left * config.batch_size
-    return Progress(config.steps, sequences, sequences * sequence_length)
+    return Progress(config.steps, sequences, sequences * sequence_tokens)
+
+
+def steps_for(config: TrainingConfig, sequence_tokens: int, sequences: float) -> float:
+    """Steps that so many sequences take, the batch ramp included: the reverse of `final_progress`.
+
+    A step that needs only part of its batch counts as that part.
+    """
+    progress = Progress()
+    while (size := batch_size(config, progress)) < config.batch_size and progress.sequences + size <= sequences:
+        progress = progress.advance(size, sequence_tokens)
+    return progress.step + (sequences - progress.sequences) / size

@@ -1,11 +1,13 @@
 import hashlib
+from fractions import Fraction
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.data.loader import RowStream, Share, TokenRows, evaluation_rows
+from gptjax.data.loader import RowStream, Share, TokenRows, _Mixture, evaluation_rows
 from gptjax.errors import UserError
 
 CONTEXT = 3
@@ -139,6 +141,40 @@ def test_a_mixture_has_its_proportions_in_every_window():
     for start in range(0, 600, 50):
         counts = np.bincount(drawn[start : start + 100], minlength=3)
         np.testing.assert_allclose(counts, [10, 60, 30], atol=2)
+
+
+def test_no_weight_is_rounded():
+    counts = np.bincount([source for source, _ in mixed(3009, weights=(1.0, 1.0, 1.009))], minlength=3)
+    np.testing.assert_allclose(counts, [1000, 1000, 1009], atol=2)
+
+
+written = st.integers(1, 1000).map(lambda hundredths: hundredths / 100) | st.integers(1, 9).map(float)
+
+
+@given(st.lists(written, min_size=2, max_size=6))
+@settings(deadline=None)
+def test_shares_of_a_mixture_are_exact(weights):
+    """After n rows every source has n · w / Σ w of them, but for a row or two: no share is off by a part of itself; and
+    each gives its own rows in their order, none left out."""
+    mixture, seen = _Mixture([range(10**9)] * len(weights), weights), [0] * len(weights)
+    for index in range(300):
+        number, row = mixture.place(index)
+        assert row == seen[number]
+        seen[number] += 1
+    total = sum(Fraction(str(weight)) for weight in weights)
+    for index in (299, 10**6, 10**12):
+        number, row = mixture.place(index)
+        assert abs(row - Fraction(str(weights[number])) / total * index) < len(weights)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=5))
+@settings(deadline=None)
+def test_runs_whose_weights_were_exact_go_on_in_their_order(weights):
+    """Grain's mixture, in which older runs began, keeps a weight that is a whole multiple of the smallest."""
+    weights = [1.0, *map(float, weights)]
+    before = grain.MapDataset.mix([grain.MapDataset.source([n]).repeat() for n in range(len(weights))], weights)
+    mixture = _Mixture([range(10**9)] * len(weights), weights)
+    assert [mixture.place(index)[0] for index in range(200)] == [before[index] for index in range(200)]
 
 
 def test_every_source_of_a_mixture_has_its_epochs():

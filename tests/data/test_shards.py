@@ -11,6 +11,7 @@ from gptjax.data.shards import (
     FORMAT_VERSION,
     Index,
     PreparedData,
+    Shard,
     ShardWriter,
     SourceIndex,
     TokenArray,
@@ -19,6 +20,11 @@ from gptjax.data.shards import (
 )
 from gptjax.errors import UserError
 from gptjax.text.tokenizer_training import train_tokenizer
+
+
+def in_memory(shards: list[np.ndarray], vocab_size: int) -> TokenArray:
+    named = [Shard(str(number), len(shard), "") for number, shard in enumerate(shards)]
+    return TokenArray(named, lambda shard: shards[int(shard.file)], vocab_size)
 
 
 @given(
@@ -30,7 +36,7 @@ from gptjax.text.tokenizer_training import train_tokenizer
 def test_slices_across_shards_equal_slices_of_the_whole(lengths, start, stop):
     whole = np.arange(sum(lengths), dtype="<u2")
     shards = np.split(whole, np.cumsum(lengths)[:-1])
-    tokens = TokenArray(shards, 2**16)
+    tokens = in_memory(shards, 2**16)
     assert len(tokens) == len(whole)
     np.testing.assert_array_equal(tokens[start:stop], whole[start:stop])
     assert tokens[start:stop].dtype == whole.dtype
@@ -38,9 +44,9 @@ def test_slices_across_shards_equal_slices_of_the_whole(lengths, start, stop):
 
 def test_a_slice_within_one_shard_is_not_copied():
     shard = np.arange(10, dtype="<u2")
-    assert np.shares_memory(TokenArray([np.zeros(3, "<u2"), shard], 2**16)[4:8], shard)
+    assert np.shares_memory(in_memory([np.zeros(3, "<u2"), shard], 2**16)[4:8], shard)
     with pytest.raises(ValueError, match="step 1, not 2"):
-        TokenArray([shard], 2**16)[::2]
+        in_memory([shard], 2**16)[::2]
 
 
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6), data=st.data())
@@ -51,7 +57,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_where_it_is_read(lengths, data):
     bad = data.draw(st.integers(0, len(whole) - 1))
     whole[bad] = 300
     starts = [0, *np.cumsum(lengths)[:-1].tolist()]
-    tokens = TokenArray([whole[start : start + n] for start, n in zip(starts, lengths, strict=True)], 300)
+    tokens = in_memory([whole[start : start + n] for start, n in zip(starts, lengths, strict=True)], 300)
     first, last = sorted([data.draw(st.integers(0, len(whole))), data.draw(st.integers(0, len(whole)))])
     if not first <= bad < last:
         tokens[first:last]

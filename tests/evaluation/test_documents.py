@@ -137,8 +137,10 @@ def test_a_model_that_knows_nothing_has_the_logarithm_of_the_vocabulary(made):
     assert found.total.perplexity == pytest.approx(61, rel=1e-5)
 
 
-def test_documents_from_text_and_from_shards_are_the_same():
-    """Pieces are joined, ends of text are left out, and the bytes are those of the text."""
+@pytest.mark.parametrize("block_tokens", [1, 7, 2**20])
+def test_documents_from_text_and_from_shards_are_the_same(block_tokens, monkeypatch):
+    """Pieces are joined, ends of text are left out, and the bytes are those of the text, in whatever blocks it is."""
+    monkeypatch.setattr(documents, "BLOCK_TOKENS", block_tokens)
     texts = ["first döcument", "second", "第三"]
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=300))
     pieces = [Document("first ", "0", last=False), Document("döcument", "0", first=False), *texts[1:]]

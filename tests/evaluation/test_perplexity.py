@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from gptjax.config import MeshConfig
-from gptjax.evaluation.perplexity import Perplexity, evaluate
+from gptjax.evaluation.perplexity import DISPATCHED_BATCHES, Perplexity, evaluate
 from gptjax.model.gpt import GPT
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.state import abstract_state
@@ -52,6 +52,21 @@ def test_against_numpy(tiny):
         split = jax.device_put(params, jax.tree.map(lambda p: p.sharding, abstract_params(tiny)))
         found = evaluate(tiny, split, batches(ROWS, 8, filler=9), TOKEN_BYTES)
     assert found == pytest.approx(Perplexity(nats, 11 * 16, num_bytes), rel=1e-5)
+
+
+def test_what_waits_for_the_device_does_not_grow_with_the_batches(tiny):
+    """Neither the tokens of batches nor their sums: a held-out split may have any number of them."""
+    params = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), abstract_params(tiny))
+    alive = []
+
+    def counted(count):
+        for _ in range(count):
+            alive.append(len(jax.live_arrays()))
+            yield ROWS[:2], 2
+
+    found = evaluate(tiny, params, counted(5 * DISPATCHED_BATCHES), TOKEN_BYTES)
+    assert found.num_tokens == 5 * DISPATCHED_BATCHES * 2 * 16
+    assert max(alive) <= max(alive[: DISPATCHED_BATCHES + 2])
 
 
 def test_units():

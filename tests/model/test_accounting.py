@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.config import Config, MeshConfig, ModelConfig, OptimizerConfig
 from gptjax.model.accounting import (
     activation_bytes,
     mfu,
     parameter_counts,
     peak_flops,
-    state_bytes,
     training_flops_per_token,
 )
 from gptjax.model.gpt import GPT
+from gptjax.model.workload import networks, state_bytes
 from gptjax.training.losses import language_model_loss
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import init_params
@@ -66,8 +66,9 @@ def test_state_is_what_the_optimizer_keeps(kind, switches):
     params = jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
     kept = params, jax.eval_shape(make_optimizer(optimizer).init, params)
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept) if leaf.ndim)  # and a step's count
-    assert state_bytes(config, optimizer, gradients=False) == held
-    assert state_bytes(config, optimizer) == held + 4 * parameter_counts(config)["total"]
+    models = networks(Config(model=config))
+    assert state_bytes(models, optimizer, gradients=False) == held
+    assert state_bytes(models, optimizer) == held + 4 * parameter_counts(config)["total"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from gptjax.config import MeshConfig
 from gptjax.model import lora
+from gptjax.model.accounting import adapter_parameters
 from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
@@ -77,7 +78,7 @@ def test_the_count_is_right(model):
     for targets in (CONFIG.targets, ("q", "v")):
         config = dataclasses.replace(CONFIG, targets=targets)
         drawn = draw_trained(model, config, jax.random.key(0))
-        assert sum(x.size for x in jax.tree.leaves(drawn)) == lora.adapter_parameters(model.config, config)
+        assert sum(x.size for x in jax.tree.leaves(drawn)) == adapter_parameters(model.config, config)
 
 
 def test_a_value_head_is_trained_whole(tiny):

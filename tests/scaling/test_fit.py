@@ -9,7 +9,7 @@ import pytest
 
 from gptjax.errors import UserError
 from gptjax.scaling import huber
-from gptjax.scaling.fit import COEFFICIENTS, describe, fit_loss
+from gptjax.scaling.fit import COEFFICIENTS, LossFit, describe, fit_loss
 from gptjax.scaling.laws import DATA_CONSTRAINED, EPOCH, MUENNIGHOFF, DataConstrainedLaw
 from gptjax.scaling.repeated import fit_repeated
 
@@ -115,6 +115,20 @@ def test_predictions_hold_new_runs_with_their_noise():
         assert loss == fit.law.loss(1e9, 1e11)
         inside += sum(low <= EPOCH.loss(1e9, 1e11) * np.exp(noise) <= high for noise in rng.normal(0, 0.01, 10))
     assert 120 <= inside <= 147
+
+
+@pytest.mark.parametrize("skew", [1, -1])
+def test_a_new_run_s_noise_is_skewed_as_that_of_the_runs_before(skew):
+    """With known coefficients the interval is that of the noise: beyond each of its ends lie 5 %, whatever its skew."""
+    rng = np.random.default_rng(0)
+
+    def measured(count):
+        return EPOCH.loss(1e9, 1e11) * np.exp(skew * rng.exponential(0.01, count))
+
+    residuals_P = np.log(EPOCH.loss(1e9, 1e11) / measured(2000))
+    _, low, high = LossFit(EPOCH, (EPOCH,) * 500, residuals_P, 0.0, ()).predict(1e9, 1e11)
+    new = measured(10_000)
+    assert [np.mean(new < low), np.mean(new > high)] == pytest.approx([0.05, 0.05], abs=0.015)
 
 
 @pytest.mark.parametrize(

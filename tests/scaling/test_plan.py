@@ -15,6 +15,8 @@ from gptjax.presets import gpt3
 from gptjax.scaling.depth import MAX_LEARNING_RATE, explain, of_depth
 from gptjax.scaling.laws import EPOCH
 from gptjax.scaling.plan import USABLE, make_plan
+from gptjax.training.schedule import final_progress
+from gptjax.tuning_config import LoraConfig
 
 H100 = named("h100")
 UNKNOWN = Device("cpu", (), None, None, None)
@@ -26,8 +28,8 @@ def test_time_and_price_follow_from_flops_and_the_assumed_share():
     flops = training_flops_per_token(dataclasses.replace(config.model, vocab_size=50257)).total
     rate = 8 * 989.4e12 * 0.5 / flops
     assert plan.tokens_per_second == pytest.approx(rate)
-    tokens = config.training.steps * config.training.batch_size * 2048
-    assert plan.tokens == tokens
+    tokens = final_progress(config.training, 2048).tokens  # with the ramp of the batch
+    assert plan.tokens == tokens == pytest.approx(300e9, rel=1e-3)
     assert plan.days == pytest.approx(tokens / rate / 86400)
     assert plan.price_usd == pytest.approx(tokens / rate / 3600 * 8 * 2.0)
     assert EPOCH.loss(parameter_counts(plan.model)["total"], tokens) == plan.forecasts[0].loss
@@ -57,6 +59,21 @@ def test_rows_shorter_than_the_context_are_what_is_planned():
     one, other = (make_plan(Config(model=m, training=rows, mesh=mesh), H100, 8) for m in learned)
     assert other.parameters["positions"] == 32 * one.parameters["positions"]
     assert other.flops == one.flops
+
+
+def test_a_plan_knows_the_stage():
+    """Pairs are twice the rows, adapters two thirds of the FLOPs and no moments, and PPO a second model that learns."""
+    config = Config(model=ModelConfig(vocab_size=50257), training=TrainingConfig(steps=10, batch_size=8))
+    sft, dpo, ppo = (make_plan(dataclasses.replace(config, stage=stage), H100) for stage in ("sft", "dpo", "ppo"))
+    lora = make_plan(dataclasses.replace(config, stage="sft", lora=LoraConfig(rank=8)), H100)
+    assert (sft.sequence, dpo.sequence) == ("1024 tokens", "2 × 1024 tokens")
+    assert dpo.tokens == 2 * sft.tokens
+    assert dpo.days == pytest.approx(2 * sft.days)
+    assert dpo.memory.activations == pytest.approx(2 * sft.memory.activations)
+    assert lora.flops.matmuls == pytest.approx(2 / 3 * sft.flops.matmuls, rel=0.02)
+    assert lora.memory.optimizer < sft.memory.optimizer / 20
+    assert lora.memory.parameters == pytest.approx(sft.memory.parameters, rel=0.02)
+    assert ppo.flops.total == pytest.approx(2 * sft.flops.total - 6 * 50257 * 768, rel=1e-3)
 
 
 def test_what_there_is_buys_tokens():
@@ -90,7 +107,9 @@ def test_too_large_is_said_and_splits_help():
     plan = make_plan(many, H100, 8)
     assert plan.mesh.fsdp * plan.mesh.tensor > 1
     assert plan.suggestion is not None
-    assert plan.memory.parameters == 4 * plan.parameters["total"] // (plan.mesh.fsdp * plan.mesh.tensor)
+    padding = 4 * 4096 * (50304 - 50257)
+    whole = 4 * plan.parameters["total"] + padding
+    assert plan.memory.parameters == whole // (plan.mesh.fsdp * plan.mesh.tensor)
 
 
 def test_unknown_stays_unknown():

@@ -15,6 +15,7 @@ from gptjax.scaling.conduct import Stopped, conduct, open_folder
 from gptjax.scaling.laws import counted_parameters
 from gptjax.scaling.predict import comparison, predict
 from gptjax.scaling.study import Study, expand, load_study
+from gptjax.training.schedule import final_progress
 
 BASE = Config(
     model=ModelConfig(num_layers=1, num_heads=1, model_dim=16, context_length=16),
@@ -49,6 +50,14 @@ def test_budgets_by_parameters_and_by_flops():
     assert run.tokens == pytest.approx(20 * parameters, abs=16)
     (run,) = expand(study(sizes={"a": {}}, tokens=(), flops=(1e9,)))
     assert run.flops == run.tokens * training_flops_per_token(model).total == pytest.approx(1e9, rel=0.01)
+
+
+def test_a_batch_that_grows_has_its_budget():
+    """Steps are those that see the budget's tokens, small batches included, and what is planned is what is trained."""
+    ramp = {"batch_size": 64, "micro_batch_size": 4, "batch_ramp_start": 4, "batch_ramp_tokens": 20_000}
+    base = dataclasses.replace(BASE, training=dataclasses.replace(BASE.training, **ramp))
+    for run in expand(study(base=base, tokens=(9_000, 40_000))):
+        assert run.tokens == final_progress(run.config.training, 16).tokens == pytest.approx(run.budget, abs=64 * 16)
 
 
 def test_all_runs_are_evaluated_on_the_same():

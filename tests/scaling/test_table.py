@@ -139,12 +139,33 @@ def isoflop(budgets=(1e18, 1e19, 1e20)):
 def test_parabolas_find_the_frontier():
     valleys = isoflop_valleys(isoflop())
     assert [len(valley.x) for valley in valleys] == [5, 5, 5]
-    law = frontier_of(valleys)
+    law, tokens = frontier_of(valleys)
+    assert tokens(1e19) == pytest.approx(1.02 * 1e19 / 6 / law(1e19), rel=0.03)
     assert law.exponents[0] == pytest.approx(EPOCH.frontier_exponent, abs=0.002)
     assert law(1e19) == pytest.approx(EPOCH.compute_optimal(1e19)[0], rel=0.1)
     # A frontier needs minima that lie inside what was tried.
     falling = rows([1, 2, 4], [4, 2, 1], [3.0, 2.0, 1.5])
     assert [valley.best for valley in isoflop_valleys(falling)] == [None]
+
+
+@pytest.mark.parametrize("edge", [0, -1])
+def test_other_seeds_of_the_best_size_do_not_move_it_inside(edge):
+    """The edge is a size: of its runs the best need not be the first or the last of the table."""
+    N, loss = np.array([1.0, 2, 4, 8]), np.array([3.0, 3.005, 3.02, 3.06])[:: 1 if edge == 0 else -1]
+    for worse in (0.004, 0.0, -0.004):
+        again_N, again = [*N, N[edge]], [*loss, loss[edge] + worse]
+        table = rows(again_N, [8 / n for n in again_N], again)
+        assert [valley.best for valley in isoflop_valleys(table)] == [None]
+
+
+def test_tokens_of_the_frontier_are_those_of_the_runs():
+    """A study's FLOPs are more than 6 N D, for they have attention and head; then no tokens are C / (6 N)."""
+    table = isoflop()
+    table.more["flops"][:] = 1.5 * 6 * table.parameters_P * table.tokens_P
+    found = examine(table, resamples=0)
+    C = float(table.more["flops"][5])
+    (at,) = next(row["optima"] for row in frontiers(found, [C]) if row["name"] == "isoFLOP parabolas")
+    assert 1.5 * 6 * at["parameters"] * at["tokens"] == pytest.approx(C, rel=1e-3)
 
 
 def test_the_best_rate_and_its_law():
@@ -196,3 +217,56 @@ def test_rows_that_repeat_text_fit_the_constants_and_not_the_law():
     )
     assert abs(found.fit.law.E / EPOCH.E - 1) < 1e-3, "the worse losses of repeats do not disturb it"
     assert found.repeated.law.repeats_tokens < 15
+
+
+GOOD = "run,parameters,tokens,loss\nklein,1e6,2e7,3.5\nmüller,2e6,2e7,3.4\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "encoding"),
+    [
+        (lambda text: text, "utf-8-sig"),
+        (lambda text: text, "utf-16"),
+        (lambda text: "\ufeff" + text, "utf-16-be"),
+        (lambda text: text.replace("\n", "\r\n"), "utf-8"),
+        (lambda text: text.replace("\n", "\r"), "utf-8"),
+        (lambda text: text.replace(",", ", "), "utf-8"),
+        (lambda text: text.replace(",", " ,\t"), "utf-8"),
+        (lambda text: text.replace("parameters", ' "parameters"'), "utf-8"),
+        (lambda text: text + ",,,\n,,,\n", "utf-8"),
+        (lambda text: text.replace("\n", ",,\n"), "utf-8"),
+        (lambda text: text.rstrip("\n"), "utf-8"),
+        (lambda text: text + "\n \n\n", "utf-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.csv", "RUNS.CSV"])
+def test_a_table_is_the_same_however_a_spreadsheet_writes_it(change, encoding, name, tmp_path):
+    (tmp_path / name).write_bytes(change(GOOD).encode(encoding))
+    found = read([str(tmp_path / name)], {}, None)
+    assert found.names == ("klein", "müller")
+    assert (found.parameters_P.tolist(), found.loss_P.tolist()) == ([1e6, 2e6], [3.5, 3.4])
+
+
+def test_rows_have_the_numbers_of_an_editor(table):
+    assert table("parameters,tokens,loss\n\n1,2,3\n,,\n\n4,5,6\n").names == ("row 3", "row 6")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (GOOD.encode("latin-1"), "is not UTF-8: byte 0xFC in line 3; save it as UTF-8"),
+        (GOOD.encode("utf-16-le"), "has zero bytes.* save it as UTF-8"),
+        (GOOD.encode("utf-16")[:-1], "is not UTF-16"),
+        (GOOD.replace(".", ",").replace(",", ";").encode(), "separates its columns with ';'; .* write 3.5"),
+        (GOOD.replace(",", "\t").encode(), r"separates its columns with '\\t'"),
+        (GOOD.replace(".", ",").encode(), "row 2 has 1 more cell than there are columns, 5; write 3.5 rather than 3,5"),
+        (b"parameters,tokens,loss,loss\n1,2,3,4\n", r"several columns \['loss'\]"),
+        (b"", "no column"),
+        (b'parameters,tokens,loss\n1,2,"' + b"3" * 200_000, "is no table: field larger"),
+    ],
+)
+def test_a_table_that_could_be_misread_is_refused(raw, message, tmp_path):
+    (tmp_path / "a.csv").write_bytes(raw)
+    with pytest.raises(UserError, match=message) as refused:
+        read([str(tmp_path / "a.csv")], {}, None)
+    assert "\n" not in str(refused.value)

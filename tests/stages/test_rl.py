@@ -14,7 +14,6 @@ from gptjax.errors import UserError
 from gptjax.evaluation.rewards import find_reward
 from gptjax.evaluation.rewards import judge as judge_answers
 from gptjax.stages import rl
-from gptjax.stages.rl import configure
 from gptjax.stages.train import train
 from gptjax.text.chat import Message
 from gptjax.training import losses
@@ -86,7 +85,8 @@ def test_what_a_ppo_run_reports_and_keeps(through, talker):
     assert names <= set(first)
     assert abs(first["kl"]) < 1e-4, "the policy begins as its reference"
     assert first["kl_coefficient"] == pytest.approx(0.02)
-    assert second["kl_coefficient"] < 0.02, "it was nearer to the reference than the target"
+    after = pytest.approx(0.02 * (1 - 0.2 * 32 / 100))
+    assert second["kl_coefficient"] == after, "near the reference: 32 of 100 answers, learned from twice"
     run, start = load_run(through), load_run(talker)
     assert jax.tree.structure(run.params) == jax.tree.structure(start.params), "what is used is a language model"
     assert "assistant:" in (through / "samples.md").read_text()
@@ -268,34 +268,6 @@ def test_what_a_reward_does_wrong_names_the_prompt(tmp_path):
     ):
         with pytest.raises(UserError, match=expected):
             find_reward(name)
-
-
-def test_an_iteration_is_a_dispatch(config):
-    made = configure(
-        config(
-            "grpo",
-            "x",
-            rl={"answers": 64, "inner_epochs": 2},
-            training={"steps": 20, "eval_every_steps": 3, "log_every_steps": 9},
-            checkpoint={"every_steps": 0},
-        )
-    )
-    training = made.training
-    assert (training.steps_per_dispatch, training.steps, training.log_every_steps) == (8, 24, 16)
-    assert (training.eval_every_steps, made.checkpoint.every_steps) == (8, 0)
-    assert configure(made) == made
-    for field, value, expected in (
-        ("answers", 40, "rl.answers 40 is not a multiple of training.batch_size 16; the nearest is 32"),
-        ("answers", 16 * 3, None),
-    ):
-        changed = config("grpo", "x", rl={field: value})
-        if expected:
-            with pytest.raises(UserError, match=expected):
-                configure(changed)
-        else:
-            configure(changed)
-    with pytest.raises(UserError, match="the size of a group 5; the nearest is 30"):
-        configure(config("grpo", "x", grpo={"group_size": 5}))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 
 import jax
 import numpy as np
@@ -65,7 +66,8 @@ def test_every_stage_has_rows_of_that_length(stage_config, lessons, talker, tmp_
     assert ("pretraining" in batches) == (stage == "ppo")
     assert batches.get("pretraining", (SHORT + 1,))[-1] == SHORT + 1
     last = [record for record in records(tmp_path / "run") if "loss" in record][-1]
-    assert last["tokens"] == 2 * 16 * SHORT
+    rows = [batches[name][3:] for name in ("tokens", "pretraining") if name in batches]  # of one sequence
+    assert last["tokens"] == 2 * 16 * sum(math.prod(row[:-1]) * (row[-1] - (stage != "reward")) for row in rows)
     assert "rows: training.sequence_length 32 is shorter than the model's context of 48" in shown.getvalue()
     rows = first_rows(config, log=lambda line: None)
     assert rows.tokens_BT.shape[1] <= SHORT + 1

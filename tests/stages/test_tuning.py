@@ -17,6 +17,7 @@ from gptjax.errors import UserError
 from gptjax.evaluation.calibration import agreement
 from gptjax.sampling import terminal
 from gptjax.sampling.chat import chat, fit_to_context
+from gptjax.stages import judges
 from gptjax.stages.chats import layout_of_run
 from gptjax.stages.dpo import REFERENCE_FILE
 from gptjax.stages.dry_run import first_rows
@@ -162,6 +163,15 @@ def test_a_reward_model_agrees_with_people(judge):
     summary = json.loads((judge / "summary.json").read_text())
     assert summary["val_accuracy"] == found["accuracy"]
     assert summary["val_perplexity"] is None
+
+
+def test_process_0_alone_asks_a_reward_function(stage_config, monkeypatch):
+    """A judge that differs from call to call would give processes different batches, and costs once, not for each."""
+    asked = []
+    monkeypatch.setattr(judges, "find_reward", lambda name: lambda task, answer: asked.append(answer) or 0.5)
+    monkeypatch.setattr(judges.distributed, "from_first", lambda make: [7.0])  # as on the other processes
+    reward = judges.make_judge(stage_config("grpo", "unused"), None, None, 1)
+    assert (reward([None], ["an answer"], None, None), asked) == ([7.0], [])
 
 
 def test_agreement_counts_pairs():

@@ -211,7 +211,7 @@ def test_files_of_another_kind_are_told_what_is_read(gpt2, tmp_path, name, conte
     [
         ({}, "holds no tokenizer.json, nor GPT-2's"),
         ({"encoder.json": "{}"}, "vocab.bpe is missing"),
-        ({"encoder.json": "[", "vocab.bpe": ""}, "no GPT-2 vocabulary"),
+        ({"encoder.json": "[", "vocab.bpe": ""}, "encoder.json is not JSON"),
         ({"encoder.json": '{"a": 0, "<|endoftext|>": 1}', "vocab.bpe": "#version: 0.2\na b\n"}, "do not fit together"),
         ({"tokenizer.json": '{"model": 1}'}, "is not a tokenizer.json"),
     ],

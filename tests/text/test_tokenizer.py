@@ -2,11 +2,14 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+import tokenizers
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 
 from gptjax.config import TokenizerConfig
 from gptjax.errors import UserError
+from gptjax.text import splitting
 from gptjax.text.splitting import split_text
 from gptjax.text.tokenizer import Tokenizer
 from gptjax.text.tokenizer_training import SPECIAL_TOKENS, SPLIT_PATTERN, train_tokenizer
@@ -74,6 +77,34 @@ def test_pieces_cut_at_line_starts_encode_as_the_whole(bpe, text, max_characters
     # Only where no line starts in reach is a piece filled to the brim, and its ids may differ.
     if all(piece.endswith("\n") and not after[0].isspace() for piece, after in pairwise(pieces)):
         assert [i for piece in pieces for i in bpe.encode(piece)] == bpe.encode(text)
+
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PATTERNS = {
+    "GPT-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "GPT-4": SPLIT_PATTERN,
+    "GPT-4o": "|".join(
+        (
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}",
+            rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}",
+            r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        )
+    ),
+}
+
+
+@given(text=st.text(st.sampled_from(" \n\n\r\tab1'!/.sé.A\u0301\u200b\x85中  "), max_size=30))
+@example("./\n/a")
+@settings(deadline=None)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_families_of_tokenizers_split_wherever_a_text_may_be_cut(name, text):
+    """Cut at every such place, its pieces are split as the whole is."""
+    words = pre_tokenizers.Split(tokenizers.Regex(PATTERNS[name]), behavior="isolated")
+    cuts = [0, *(match.start() for match in splitting._CUT.finditer(text)), len(text)]
+    pieces = [text[start:end] for start, end in pairwise(cuts)]
+    found = [word for piece in pieces for word, _ in words.pre_tokenize_str(piece)]
+    assert found == [word for word, _ in words.pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("max_characters", range(60, 70))

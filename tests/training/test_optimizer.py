@@ -10,7 +10,8 @@ import pytest
 from gptjax.config import OptimizerConfig
 from gptjax.model.gpt import GPT
 from gptjax.training.optimizer import decay_mask, make_optimizer
-from gptjax.training.state import init_params
+from gptjax.training.state import draw_trained, init_params
+from gptjax.tuning_config import LoraConfig
 
 RANDOM = np.random.default_rng(0)
 
@@ -18,13 +19,25 @@ RANDOM = np.random.default_rng(0)
 def test_weight_decay_mask(switched_on):
     """Matrices and embeddings decay; norms, biases and nothing else do not, in stacked blocks too, where a bias has
     two dimensions and a rule by shape would take it for a matrix."""
-    learned = dataclasses.replace(switched_on, positions="learned", norm="layernorm")
+    learned = dataclasses.replace(switched_on, positions="learned", norm="layernorm", value_head=True)
     params = jax.eval_shape(lambda: init_params(GPT(learned), jax.random.key(0)))
     free, decayed = set(), set()
     for path, decays in jax.tree_util.tree_leaves_with_path(decay_mask(params)):
         (decayed if decays else free).add(path[-1].key)
-    assert free == {"b", "scale", "head_bias"}
-    assert decayed == {"w", "embedding", "positions", "head"}
+    assert free == {"b", "scale", "head_bias", "value_bias"}
+    assert decayed == {"w", "embedding", "positions", "head", "value_head"}
+
+
+def test_adapters_decay(switched_on):
+    """They are matrices, and the value head that is trained beside them is one, too."""
+    model = GPT(dataclasses.replace(switched_on, value_head=True))
+    params = draw_trained(model, LoraConfig(rank=2), jax.random.key(0))
+    params = jax.tree.map(jnp.ones_like, params)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.2))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        expected = 0.0 if path[-1].key == "value_bias" else 0.2
+        np.testing.assert_allclose(update, expected, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])

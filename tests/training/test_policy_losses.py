@@ -14,6 +14,7 @@ from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
 from gptjax.training.policy_losses import (
     adapted_coefficient,
+    all_alike,
     clipped_objective,
     clipped_value_loss,
     divergence,
@@ -101,6 +102,14 @@ def test_value_loss_and_divergence():
     assert (np.exp(lead) - lead - 1 >= 0).all()
 
 
+def test_the_divergence_from_what_drew_the_tokens_is_the_kl():
+    """Over all tokens, each as often as its policy draws it."""
+    policy, other = np.array([0.5, 0.3, 0.2]), np.array([0.9, 0.04, 0.06])
+    expected = (policy * np.log(policy / other)).sum()
+    found = (policy * np.asarray(divergence(jnp.log(policy), jnp.log(other)))).sum()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_group_advantages():
     rewards_PG = np.array([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 3.0]])
     whole = group_advantages(rewards_PG, True)
@@ -121,10 +130,20 @@ def test_whitened_values():
 
 
 def test_the_penalty_is_steered_to_its_target():
-    for kl, factor in ((3.0, 1 + 0.2 / 50), (6.3, 1 + 0.05 / 50), (12.0, 1 + 0.2 / 50), (5.0, 1 - 0.2 / 50 * 5 / 6)):
-        expected = 0.2 * (1 + np.clip(kl / 6 - 1, -0.2, 0.2) / 50)
-        assert float(adapted_coefficient(jnp.asarray(0.2), jnp.asarray(kl), 6.0, 50.0)) == pytest.approx(expected)
-        assert (factor > 1) == (expected > 0.2) or kl < 6
+    for kl, factor in ((3.0, 1 - 0.2 / 50), (6.3, 1 + 0.05 / 50), (12.0, 1 + 0.2 / 50)):
+        assert adapted_coefficient(0.2, kl, 6.0, 64, 3200.0) == pytest.approx(0.2 * factor)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 1 / 3, -1.1, 1e9 + 0.1])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_groups_of_equal_rewards_are_known(reward, dtype):
+    """However many and of whatever size they are, though the mean of equal numbers is often another one."""
+    for size in range(2, 40):
+        equal = np.full((2, size), reward, dtype)
+        equal[1, -1] = np.nextafter(equal[1, -1], dtype(0))
+        assert all_alike(equal).tolist() == [True, False]
+        assert not group_advantages(equal, True)[0].any()
+        assert not group_advantages(equal, False)[0].any()
 
 
 def rows(config, params, model, seed=0):
@@ -170,6 +189,8 @@ def test_the_whole_loss_is_the_sum_of_its_formulas(tiny):
     surrogate = np.minimum(ratio * advantages, np.clip(ratio, 0.8, 1.28) * advantages)
     penalty = np.exp(lead) - lead - 1
     np.testing.assert_allclose(total, ((-surrogate + 0.1 * penalty) * weight).sum(), rtol=1e-4)
+    drift = np.exp(new - old) - (new - old) - 1  # of tokens that the old policy has drawn
+    np.testing.assert_allclose(sums["kl_old"], (drift * mask).sum() / mask.sum() * 8, rtol=1e-3)
     np.testing.assert_allclose(sums["kl_reference"], (penalty * mask).sum() / mask.sum() * 8, rtol=1e-3)
     too_far = np.where(advantages > 0, ratio > 1.28, ratio < 0.8)
     slope = (np.where(too_far, 0.0, -ratio * advantages) + 0.1 * (1 - np.exp(lead))) * weight

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gptjax.cli import starting_point
 from gptjax.config import Config
-from gptjax.config_files import load_config, replace_fields
+from gptjax.config_files import load_config, opened, replace_fields
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
 from gptjax.resolve import resolve
@@ -271,3 +272,73 @@ def test_documented_resumable_fields():
     """README says which fields may change when a run is continued."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert [field for field in MAY_CHANGE if f"`{field}`" not in readme] == []
+
+
+SMALL = {"model.model_dim": 32, "model.num_heads": 4, "model.context_length": 32, "training.batch_size": 4}
+SOURCES = {
+    "training.batch_size": 8,
+    "model.context_length": 64,
+    "model.num_heads": 8,
+    "model.model_dim": 64,
+    "model.bias": False,
+    "model.feed_forward": "swiglu",
+    "model.rope_base": 5e5,
+    "model.rope_scaling": "yarn",
+}
+"""Fields that others are derived from, each with another value than that of the default, or of `SMALL`."""
+
+
+@pytest.mark.parametrize("way", ["its folder", "its file"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_is_derived_follows_what_it_is_derived_from(name, way, tmp_path):
+    """A run that goes on with a field changed and accepted has all that a new run with that field would have.
+
+    Without it the field alone is refused, and no other that nobody has given.
+    """
+    new = {name: SOURCES[name]} | ({"model.rope_factor": 2.0} if "scaling" in name else {})
+    saved = resolved(**_names(SMALL))
+    save_config(tmp_path, saved, {})
+    original = replace_fields(Config(run_dir="runs/a"), SMALL)
+    base = starting_point([str(tmp_path)], tmp_path)[0] if way == "its folder" else original
+    requested = dataclasses.replace(replace_fields(base, new), run_dir="runs/a")
+    with pytest.raises(UserError, match=f"configuration: {name} .*--accept-changes {' '.join(new)}$"):
+        merge_resume(saved, requested)
+    merged, changes = merge_resume(saved, requested, tuple(new))
+    assert set(changes) == set(new)
+    found, fresh = resolve(merged, [Cpu()], SomeTokenizer()), resolved(**_names({**SMALL, **new}))
+    kept = {"training.eval_sequences": saved.training.eval_sequences}
+    assert found == replace_fields(fresh, kept)
+    # Its checkpoints were made with the old ones: the same is accepted of them, and with nothing more.
+    assert resolve(merge_resume(saved, found, tuple(new))[0], [Cpu()], SomeTokenizer()) == found
+
+
+def _names(fields):
+    return {name.replace(".", "__"): value for name, value in fields.items()}
+
+
+def test_what_was_given_stays():
+    saved = resolved(training__batch_size=8, training__micro_batch_size=2, training__sequence_length=64)
+    merged, _ = merge_resume(
+        saved, replace_fields(opened(saved), {"training.batch_size": 16}), ("training.batch_size",)
+    )
+    found = resolve(merged, [Cpu()], SomeTokenizer()).training
+    assert (found.batch_size, found.micro_batch_size, found.batch_ramp_start, found.sequence_length) == (16, 2, 16, 64)
+
+
+def test_opened_is_the_same_configuration():
+    for config in (
+        resolved(),
+        resolved(model__head_dim=48),
+        resolved(model__ffn_dim=100, training__micro_batch_size=8),
+    ):
+        assert resolve(opened(config), [Cpu()], SomeTokenizer()) == config
+        assert opened(opened(config)) == opened(config)
+
+
+def test_more_epochs_are_more_steps():
+    saved = resolve(
+        replace_fields(Config(run_dir="runs/a"), {"training.steps": None}), [Cpu()], SomeTokenizer(), num_rows=320
+    )
+    merged, _ = merge_resume(saved, replace_fields(opened(saved), {"training.epochs": 3.0}))
+    found = resolve(merged, [Cpu()], SomeTokenizer(), num_rows=320)
+    assert (saved.training.steps, found.training.steps, found.optimizer.decay_steps) == (10, 30, 10)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.config import OptimizerConfig, TrainingConfig
-from gptjax.training.schedule import Progress, batch_size, learning_rate
+from gptjax.training.schedule import Progress, batch_size, final_progress, learning_rate, steps_for
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 CONFIG = OptimizerConfig(peak_learning_rate=2.0, warmup_steps=10, decay_steps=110, final_learning_rate_fraction=0.25)
@@ -105,3 +105,28 @@ def test_batch_ramp_is_linear_in_tokens():
 def test_progress_counts_exactly():
     progress = Progress().advance(3, 1024).advance(5, 1024)
     assert progress == Progress(step=2, sequences=8, tokens=8 * 1024)
+
+
+@given(
+    micro=st.integers(1, 8),
+    growth=st.integers(0, 30),
+    ramp_tokens=st.integers(1, 10**5),
+    steps=st.integers(1, 200),
+    sequence_tokens=st.integers(1, 512),
+)
+def test_steps_and_sequences_are_two_names_of_one_length(micro, growth, ramp_tokens, steps, sequence_tokens):
+    """What a run's steps see takes just these steps, one sequence less takes a part of the last one, and the loop
+    that advances step by step ends where the formula says."""
+    config = TrainingConfig(
+        steps=steps,
+        batch_size=micro * (1 + growth),
+        micro_batch_size=micro,
+        batch_ramp_start=micro,
+        batch_ramp_tokens=ramp_tokens,
+    )
+    progress = Progress()
+    for _ in range(steps):
+        progress = progress.advance(batch_size(config, progress), sequence_tokens)
+    assert final_progress(config, sequence_tokens) == progress
+    assert steps_for(config, sequence_tokens, progress.sequences) == steps
+    assert steps - 1 <= steps_for(config, sequence_tokens, progress.sequences - 1) < steps
