@@ -44,6 +44,8 @@ def compile_case(name: str) -> dict[str, Any]:
     import jax
 
     from gptjax.config import MeshConfig, TrainingConfig
+    from gptjax.model.accounting import parameter_counts
+    from gptjax.parallel.collectives import bytes_by_kind
     from gptjax.presets import gpt3
     from gptjax.scaling.compiled import compile_step
 
@@ -59,6 +61,7 @@ def compile_case(name: str) -> dict[str, Any]:
         **({"positions": "rope"} if "context_length" in case else {}),
     )
     training = TrainingConfig(batch_size=case["batch"], micro_batch_size=case["micro"])
+    compiled = compile_step(model, preset.optimizer, training, MeshConfig(data=1, **case["mesh"]))
     return {
         "case": name,
         "devices": num_devices(case),
@@ -66,7 +69,10 @@ def compile_case(name: str) -> dict[str, Any]:
         "batch_size": case["batch"],
         "micro_batch_size": training.resolved_micro_batch_size,
         "context_length": model.context_length,
-        **compile_step(model, preset.optimizer, training, MeshConfig(data=1, **case["mesh"])),
+        "parameters": parameter_counts(model)["total"],
+        **compiled.memory(),
+        "collective_bytes": dict(bytes_by_kind(compiled.program.as_text())),
+        "compile_seconds": compiled.seconds,
         "jax": jax.__version__,
     }
 
