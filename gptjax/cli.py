@@ -54,9 +54,10 @@ def run_command(main: Callable[[Sequence[str]], int], *, ends_with_reader: bool 
         print_to_stderr(f"error: {error}")
         status = EXIT_USER_ERROR
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
             raise
-        print_to_stderr(f"error: cannot write {error.filename or 'a file'}: {error.strerror}")
+        what = error.filename or "cannot write a file"
+        print_to_stderr(f"error: {what}: {error.strerror}")
         status = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print_to_stderr("interrupted")

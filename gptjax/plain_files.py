@@ -1,13 +1,26 @@
 """Text and JSON in files: read however a user's program has written them, written so that any program reads them."""
 
 import codecs
+import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
+
+MAX_NAME_BYTES = 255
+"""Of a file's name, on nearly every file system: 255 letters, or 85 Chinese ones."""
+
+
+def named(name: str, ending: str) -> str:
+    """A file's name with an ending: of a name that is too long for it as much as fits, told apart by a hash."""
+    if len(os.fsencode(name + ending)) <= MAX_NAME_BYTES:
+        return name + ending
+    ending = f"~{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}{ending}"
+    return os.fsencode(name)[: MAX_NAME_BYTES - len(os.fsencode(ending))].decode(errors="ignore") + ending
 
 
 def read_text(path: Path) -> str:

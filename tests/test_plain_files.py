@@ -14,12 +14,12 @@ from gptjax.config_files import load_config, to_dict
 from gptjax.data.conversations import Task
 from gptjax.errors import UserError
 from gptjax.evaluation.rewards import exact_match, valid_json
-from gptjax.plain_files import read_json, to_json
+from gptjax.plain_files import named, read_json, to_json
 from gptjax.text.files import load_tokenizer
 from gptjax.text.special_tokens import read_files
 from gptjax.text.templates import read_template
 from gptjax.training.metrics import MetricsLog, read_metrics
-from gptjax.training.run_dir import write_json
+from gptjax.training.run_dir import next_run_dir, write_json
 
 VALUES = {
     "nan": math.nan,
@@ -94,3 +94,27 @@ def test_numbers_that_json_has_not_earn_nothing(answer):
 def test_silence_is_no_right_answer_where_none_is_known():
     assert exact_match(Task((), "", "x"), "") == exact_match(Task((), " ", "x"), "\n") == 0.0
     assert exact_match(Task((), " 7", "x"), "7\n") == 1.0
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "漢", "🙂"])
+@pytest.mark.parametrize("over", [0, 1])
+def test_names_as_long_as_a_file_system_has_them(letter, over, tmp_path):
+    """Whatever is made of a name is cut to fit and stays another one; half a letter is none."""
+    longest = 255 // len(letter.encode()) + over
+    name = letter * longest
+    made = {named(text, ending) for text in (name, name[:-1] + "b") for ending in ("", ".tmp", "-2")}
+    assert len(made) == 6
+    for each in made:
+        (tmp_path / each).touch(exist_ok=False)
+    assert named("short", ".tmp") == "short.tmp"
+
+
+def test_runs_and_files_of_long_names(tmp_path):
+    name = "漢" * 85
+    first = next_run_dir(name, tmp_path)
+    (first / "x").mkdir(parents=True)
+    second = next_run_dir(name, tmp_path)
+    (second / "x").mkdir(parents=True)
+    assert (first.name, second.name[:70], second.name[-2:]) == (name, "漢" * 70, "-2")
+    write_json(tmp_path / ("a" * 250 + ".json"), 1)
+    assert [*tmp_path.glob("a*")] == [tmp_path / ("a" * 250 + ".json")]

@@ -159,3 +159,10 @@ def test_a_run_trains_to_its_end_whatever_becomes_of_its_output(inside, run_on):
     )
     assert (plain[0], left[0], full[0]) == (0, 0, 2)
     assert loss == same == again
+
+
+def test_a_name_that_is_too_long_is_one_line(run_on):
+    for main, words in ((gptjax_main, ("evaluate", "a" * 300)), (gptjax_main, ("env", "--json", "漢" * 100))):
+        status, said = run_on(io.BytesIO(), main, *words)
+        assert (status, said.count("\n")) == (2, 1)
+        assert "File name too long" in said

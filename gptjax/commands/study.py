@@ -10,6 +10,7 @@ from typing import Literal
 
 from gptjax import cli
 from gptjax.errors import UserError
+from gptjax.plain_files import named
 from gptjax.scaling.study import PlannedRun, Study, expand, load_study
 
 EXIT_FAILED = 1
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
                 f"{row['measured']:.4f}: {100 * row['error']:+.2f} %"
             )
     for result in failed:
-        say(f"{result.status}: {result.run.name}, log in {folder / 'logs' / result.run.trunk}.log")
+        say(f"{result.status}: {result.run.name}, log in {folder / 'logs' / named(result.run.trunk, '.log')}")
     if not failed:
         say(f"next: python -m gptjax report {folder}")
     return EXIT_FAILED if failed else 0

@@ -8,21 +8,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from gptjax.plain_files import named
+
 LOCK, PARTIAL = ".lock", ".partial"
 NO_CONTENT = {LOCK, PARTIAL, "lost+found"}
 """What an empty folder may hold: ours, and what file systems put into the root of a disk."""
-MOST_NAME_BYTES = 255
-"""Of a name, on nearly every file system."""
 
 
 def is_empty(folder: Path) -> bool:
     """Whether something may be made there: nothing is there, or a folder that holds nothing."""
     return not os.path.lexists(folder) or (folder.is_dir() and {path.name for path in folder.iterdir()} <= NO_CONTENT)
-
-
-def shortened(name: str, most_bytes: int) -> str:
-    """A name of at most so many bytes, cut between characters."""
-    return name.encode()[:most_bytes].decode(errors="ignore")
 
 
 @contextmanager
@@ -86,4 +81,4 @@ def _helper(folder: Path, name: str) -> Path:
     """In the folder, if there is one: its parent may not be ours to write in. Else beside it."""
     if folder.is_dir():
         return folder / name
-    return folder.with_name(f".{shortened(folder.name, MOST_NAME_BYTES - 1 - len(name))}{name}")
+    return folder.with_name(named(f".{folder.name}", name))

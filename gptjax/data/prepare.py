@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gptjax.config import DataConfig, TokenizerConfig
 from gptjax.data.corpus import PIECE_CHARACTERS, Source, open_sources, tokenizer_texts
-from gptjax.data.folders import NO_CONTENT, is_empty, locked, shortened, written_whole
+from gptjax.data.folders import NO_CONTENT, is_empty, locked, written_whole
 from gptjax.data.formats import MAX_PIECE_CHARACTERS
 from gptjax.data.shards import (
     FORMAT_VERSION,
@@ -37,6 +37,7 @@ from gptjax.text.splitting import split_text
 from gptjax.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from gptjax.text.tokenizer_training import train_tokenizer
 
+MOST_STEM_BYTES = 64  # of the folder's name, from the first source
 BATCH_CHARACTERS = 2**22  # of text encoded at once: its tokens take the library some 100 MB
 
 
@@ -150,7 +151,8 @@ def _fingerprint(data: DataConfig, tokenizer: TokenizerConfig | Tokenizer) -> st
 
 def _name(data: DataConfig) -> str:
     stem = Path(data.path[0].removesuffix("://")).stem
-    return shortened(re.sub(r"[^\w-]+", "_", stem).strip("_"), 64) or "data"
+    name = re.sub(r"[^\w-]+", "_", stem).strip("_")
+    return name.encode()[:MOST_STEM_BYTES].decode(errors="ignore") or "data"  # not half a character
 
 
 def _build(

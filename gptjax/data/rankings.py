@@ -94,7 +94,10 @@ class RankedRows:
 
 
 class PairRows:
-    """Each pair of answers that is no tie, the better one first: `tokens` and `loss_mask`, both (2, T)."""
+    """Each pair of answers that is no tie, the better one first: `tokens` and `loss_mask`, both (2, T).
+
+    Answers that were cut to the same tokens are one answer, of which there is nothing to prefer.
+    """
 
     def __init__(self, groups: Sequence[EncodedAnswers], num_tokens: int, padding_id: int):
         self.num_tokens, self._padding_id = num_tokens, padding_id
@@ -103,7 +106,7 @@ class PairRows:
             for group in groups
             for better, rank in zip(group.answers, group.ranks, strict=True)
             for worse, other in zip(group.answers, group.ranks, strict=True)
-            if rank < other
+            if rank < other and not np.array_equal(better.token_ids, worse.token_ids)
         ]
 
     def __len__(self) -> int:

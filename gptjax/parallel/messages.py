@@ -18,7 +18,7 @@ WAIT_SECONDS = 5.0
 """How long to wait before looking who has left; in between Python hears signals, too."""
 
 
-ENDING_SECONDS = 0.3
+ENDING_SECONDS = 1.0
 """How long a process may take from its last message to its end: JAX aborts one that outlives process 0."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from gptjax.config import Config
 from gptjax.config_files import replace_fields
 from gptjax.errors import UserError
+from gptjax.plain_files import named
 from gptjax.scaling.conduct import ENDED
 from gptjax.scaling.study import PlannedRun
 from gptjax.stages.train import train
@@ -81,7 +82,7 @@ def _grow_branch(run: PlannedRun, folder: Path) -> str:
 def _copy_run(source: Path, target: Path) -> None:
     """Copy a run's folder, so that the target is whole or not there; its summary is not the copy's."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(f".{target.name}.copy")
+    half = target.with_name(named(f".{target.name}", ".copy"))
     shutil.rmtree(half, ignore_errors=True)
     try:
         shutil.copytree(source, half, ignore=shutil.ignore_patterns("summary.json", "*.lock", "samples.md", "loss.png"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax.errors import UserError
+from gptjax.plain_files import named
 from gptjax.scaling.conduct import Launcher, Say
 
 
@@ -39,7 +40,7 @@ def local_launcher(command: Sequence[str], jobs: int, say: Say) -> Launcher:
             while running or (waiting and not told):
                 while waiting and shares and not told:
                     name, share = waiting.pop(0), shares.pop(0)
-                    file = (logs / f"{name}.log").open("ab")
+                    file = (logs / named(name, ".log")).open("ab")
                     with _on_cores(share):
                         process = subprocess.Popen(
                             [*command, name],

@@ -16,7 +16,7 @@ from gptjax.config_files import to_dict
 from gptjax.data.loader import Rows, Share, evaluation_rows
 from gptjax.errors import UserError
 from gptjax.evaluation.perplexity import evaluate
-from gptjax.model.gpt import Params
+from gptjax.model.gpt import GPT, Params
 from gptjax.parallel import distributed, sharding
 from gptjax.sampling.config import SamplingConfig
 from gptjax.stages.stage import Data
@@ -24,6 +24,7 @@ from gptjax.text.tokenizer import Tokenizer
 from gptjax.training import checkpoint, run_dir
 from gptjax.training.ledger import Ledger
 from gptjax.training.loggers import Logger
+from gptjax.training.losses import Loss, language_model_loss
 from gptjax.training.metrics import Console, MetricsLog
 from gptjax.training.schedule import Progress
 from gptjax.training.state import TrainState
@@ -37,6 +38,15 @@ def separator(config: Config, tokenizer: Tokenizer) -> int | None:
 def opening(tokenizer: Tokenizer) -> int | None:
     """The token that the tokenizer puts before every text; None: nothing stands there."""
     return tokenizer.opening[-1] if tokenizer.opening else None
+
+
+def text_loss(config: Config, model: GPT, tokenizer: Tokenizer) -> Loss:
+    """The loss of rows of text, wherever they are learned from."""
+    training = config.training
+    return language_model_loss(
+        *(model, training.z_loss, separator(config, tokenizer), training.loss_chunk_tokens),
+        opening=opening(tokenizer),
+    )
 
 
 def share(config: Config) -> Share | None:

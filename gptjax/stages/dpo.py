@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from gptjax.checks import require
 from gptjax.config import Config
 from gptjax.data.conversations import fingerprint
 from gptjax.data.loader import RowStream, evaluation_rows, evenly_spaced
@@ -100,10 +101,9 @@ class _Pairs(PairRows):
 
 def _rows(config: Config, data: Data) -> tuple[_Pairs, _Pairs]:
     rankings = data.content
-    sides = (
-        _Pairs(side, data.rows.num_tokens + 1, data.tokenizer.padding_id)
-        for side in (rankings.train, rankings.validation)
-    )
+    num_tokens = data.rows.num_tokens + 1
+    sides = [_Pairs(side, num_tokens, data.tokenizer.padding_id) for side in (rankings.train, rankings.validation)]
+    require(all(map(len, sides)), "no two answers to a prompt differ in their tokens, so there is nothing to compare")
     return tuple(sides)
 
 
@@ -113,7 +113,7 @@ def _reference(
     """Log-probabilities (P, 2) of each side's answers: the run's own, or computed and kept."""
     path, mark = directory / REFERENCE_FILE, fingerprint(data.fingerprint, config.model.init_from)
     kept = _kept(path, mark)
-    if kept is not None:
+    if kept is not None and [*map(len, kept)] == [*map(len, sides)]:
         return kept
     if not config.model.init_from:
         raise UserError(

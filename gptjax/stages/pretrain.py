@@ -18,7 +18,6 @@ from gptjax.stages import callbacks, messages, start
 from gptjax.stages.stage import Data, Stage, as_given
 from gptjax.stages.weights import weights_of
 from gptjax.text.tokenizer import Tokenizer
-from gptjax.training.losses import language_model_loss
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import TrainState
 
@@ -68,7 +67,6 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
     _check_prompt(config, data.tokenizer)
     model, optimizer = GPT(config.model), make_optimizer(config.optimizer, multipliers(config.model))
     weights = weights_of(config, model, log, data.tokenizer)
-    separator = callbacks.separator(config, data.tokenizer)
 
     def write(state: TrainState) -> str:
         prompts, sampling = [training.sample_prompt], callbacks.sample_settings(config)
@@ -78,12 +76,7 @@ def open_stage(config: Config, data: Data, directory: Path, log: Callable[[str],
         return text.prompt + text.text
 
     return Stage(
-        loss=weights.loss(
-            language_model_loss(
-                *(model, training.z_loss, separator, training.loss_chunk_tokens),
-                opening=callbacks.opening(data.tokenizer),
-            )
-        ),
+        loss=weights.loss(callbacks.text_loss(config, model, data.tokenizer)),
         optimizer=optimizer,
         new_state=lambda: weights.new_state(optimizer),
         abstract_state=weights.abstract_state(optimizer),

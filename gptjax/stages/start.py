@@ -147,8 +147,7 @@ def start_params(config: Config, model: GPT, log: Callable[[str], None]) -> Para
     source = load_run(config.model.init_from, log=log)
     params = source.params
     if model.config.value_head and VALUE_HEAD[0] not in params:
-        drawn = draw_params(model, config.training.seed)
-        params = params | {name: drawn[name] for name in VALUE_HEAD}
+        params = params | draw_params(model, config.training.seed, VALUE_HEAD)
     elif not model.config.value_head:
         params = {name: leaf for name, leaf in params.items() if name not in VALUE_HEAD}
     log(f"parameters of {source.directory}, step {source.step}")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.model.gpt import GPT, Params
-from gptjax.training.losses import Batch, Loss, inputs_and_labels, language_model_loss, lay_out, loss_of_labels
+from gptjax.training.losses import Batch, Loss, inputs_and_labels, lay_out, loss_of_labels
 from gptjax.training.preference_losses import rows_of
 from gptjax.tuning_config import RlConfig
 
@@ -134,22 +134,24 @@ def policy_loss(
     critic: GPT | None = None,
     value_clip: float = 0.2,
     policy_of: Callable[[Params], Params] = lambda params: params,
-    pretraining_coefficient: float = 0.0,
+    text_loss: Loss | None = None,
+    text_coefficient: float = 0.0,
     chunk_tokens: int = 0,
 ) -> Loss:
     """The loss of answers that were drawn: of PPO with a critic, of GRPO without.
 
     The batch has `tokens`, `loss_mask` (1 at an answer's tokens), `old_logprobs`, `advantages` and `token_weight`, all
     (B, T+1), and `row_weight` (B,), over whose sum the loss is a mean; with a penalty or to be reported
-    `reference_logprobs`; with a critic `old_values` and `returns`; with pretraining text `pretraining` (B, X, T'+1).
+    `reference_logprobs`; with a critic `old_values` and `returns`; with `text_loss` `pretraining` (B, X, T'+1).
 
     Args:
         clip_high: as `clipped_objective` takes it; the low one is `rl.clip`.
         kl_coefficient: weight of `divergence` from the reference in the loss. PPO's penalty is in its rewards instead.
         critic: its parameters are `params["critic"]`.
         policy_of: the policy's parameters among those that are trained.
-        pretraining_coefficient: weight of the mean negative log-likelihood of pretraining text (InstructGPT's γ).
-        chunk_tokens: as `loss_of_labels` takes it, of answers and of text.
+        text_loss: of pretraining text that is learned with the answers; None: there is none.
+        text_coefficient: weight of its mean (InstructGPT's γ).
+        chunk_tokens: as `loss_of_labels` takes it.
     """
 
     def loss(params: Params, batch: Batch, dropout_key: jax.Array | None):
@@ -184,11 +186,12 @@ def policy_loss(
             losses_BT = clipped_value_loss(values_BT, of("old_values"), of("returns"), value_clip)
             sums["value_loss"] = (losses_BT * weight_BT).sum()
             total += sums["value_loss"]
-        if "pretraining" in batch:
+        if text_loss is not None:
             text = {"tokens": rows_of(batch["pretraining"])}
-            nll, of_text = language_model_loss(model, chunk_tokens=chunk_tokens)(policy_of(params), text, dropout_key)
-            sums["pretraining_loss"] = nll / of_text["weight"] * row_weight
-            total += pretraining_coefficient * sums["pretraining_loss"]
+            of_text, text_sums = text_loss(policy_of(params), text, dropout_key)
+            share = row_weight / text_sums["weight"]
+            sums["pretraining_loss"] = text_sums["loss"] * share
+            total += text_coefficient * of_text * share
         return total, sums | {"weight": row_weight, "loss": total}
 
     return loss

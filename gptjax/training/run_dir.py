@@ -34,7 +34,7 @@ from gptjax.config_files import (
 )
 from gptjax.errors import UserError
 from gptjax.parallel.platform import processor_fingerprint
-from gptjax.plain_files import read_json, to_json
+from gptjax.plain_files import named, read_json, to_json
 from gptjax.training.metrics import metrics_line, read_metrics
 
 CONFIG_FILE = "config.json"
@@ -70,7 +70,7 @@ MAY_CHANGE = (
 
 def next_run_dir(name: str, root: str | os.PathLike = "runs") -> Path:
     """The first of `root/name`, `root/name-2`, `root/name-3`, ... that does not exist or is an empty folder."""
-    candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    candidates = itertools.chain([named(name, "")], (named(name, f"-{number}") for number in itertools.count(2)))
     return next(
         path
         for path in (Path(root) / candidate for candidate in candidates)
@@ -119,7 +119,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written: the disk is full, say. The old text stays.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(named(path.name, ".tmp"))
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -1,7 +1,7 @@
 """What a step carries: parameters, optimizer state, the step's number, and what the next step is judged by."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,9 +43,18 @@ def draw_trained(model: GPT, adapt: LoraConfig, key: jax.Array) -> Params:
     return heads | {"adapters": lora.draw_adapters(params["blocks"], adapt, key)}
 
 
-def draw_params(model: GPT, seed: int) -> Params:
-    """Initial parameters under the current mesh."""
-    return jax.jit(functools.partial(init_params, model))(jax.random.key(seed))
+def draw_params(model: GPT, seed: int, names: Sequence[str] | None = None) -> Params:
+    """Initial parameters under the current mesh.
+
+    Args:
+        names: of those that are kept, out of the tree's first level; memory holds no others. None: all.
+    """
+
+    def draw(key: jax.Array) -> Params:
+        params = init_params(model, key)
+        return params if names is None else {name: params[name] for name in names}
+
+    return jax.jit(draw)(jax.random.key(seed))
 
 
 def state_of(

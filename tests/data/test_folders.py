@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptjax.config import DataConfig, TokenizerConfig
-from gptjax.data.folders import is_empty, locked, shortened, written_whole
+from gptjax.data.folders import is_empty, locked, written_whole
 from gptjax.data.prepare import prepare
 from gptjax.errors import UserError
 
@@ -91,5 +91,3 @@ def test_names_of_any_length(tmp_path, name):
     prepared = prepare(data, BYTES, log=lambda line: None)
     assert Path(prepared.folder).name.startswith(name[:20])
     prepare(data, BYTES, tmp_path / f"{name}.out", log=lambda line: None)
-    assert len(shortened(name, 64).encode()) <= 64
-    assert name.startswith(shortened(name, 64))

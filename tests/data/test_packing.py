@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.data.packing import Example, PackedRows, fit_rows, pack
+from gptjax.data.rankings import EncodedAnswers, PairRows
 from gptjax.errors import UserError
 from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
@@ -94,3 +95,10 @@ def test_rows_go_to_a_mesh(tiny):
         "segment_ids": ((8, 17), "int32"),
         "positions": ((8, 17), "int32"),
     }
+
+
+def test_answers_of_the_same_tokens_are_no_pair():
+    """Two answers that were cut at the same place are one: neither is better, whatever their ranks say."""
+    same, other = (Example(np.array([1, 2, last]), np.array([False, True, True])) for last in (3, 4))
+    pairs = PairRows([EncodedAnswers([same, same, other], (0, 1, 2))], 4, 0)
+    assert [pairs[number]["tokens"][:, 2].tolist() for number in range(len(pairs))] == [[3, 4], [3, 4]]

@@ -10,11 +10,11 @@ import pytest
 from gptjax.config import MeshConfig
 from gptjax.model import lora
 from gptjax.model.accounting import adapter_parameters
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, VALUE_HEAD
 from gptjax.parallel import sharding
 from gptjax.parallel.mesh import make_mesh
 from gptjax.training.losses import language_model_loss
-from gptjax.training.state import draw_trained, init_params
+from gptjax.training.state import draw_params, draw_trained, init_params
 from gptjax.tuning_config import LoraConfig
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
@@ -111,3 +111,10 @@ def test_meshes_agree(switched_on, axes, scan):
         together = run(sharding.put_batch(batch["tokens"]))
     np.testing.assert_allclose(together[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(together[1], alone[1], rtol=1e-3)
+
+
+def test_a_value_head_is_drawn_without_the_model(tiny):
+    """Of the draw of a whole model memory holds no more than what is kept, which is the same numbers."""
+    model = GPT(dataclasses.replace(tiny, value_head=True))
+    whole, heads = draw_params(model, 3), draw_params(model, 3, VALUE_HEAD)
+    jax.tree.map(np.testing.assert_array_equal, heads, {name: whole[name] for name in VALUE_HEAD})

@@ -142,6 +142,21 @@ def test_logits_are_made_in_chunks_where_asked(config, tmp_path, monkeypatch, st
         assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4)
 
 
+def test_pretraining_text_is_learned_as_in_pretraining(config, lessons, tmp_path):
+    """Its documents do not see each other where that is asked for, which changes the loss of the same rows."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for number in range(120):
+        (folder / f"{number}.txt").write_text(f"user {number % 10}{number % 7}{number % 3}\n")
+    found = []
+    for separate in (False, True):
+        sections = {"ppo": {"pretraining_path": (str(folder),)}, "data": {"separate_documents": separate}}
+        train(config("ppo", tmp_path / str(separate), training={"steps": 1, "batch_size": 32}, **sections))
+        found.append(next(r for r in of_steps(tmp_path / str(separate)) if "reward" in r))
+    assert found[0]["policy_loss"] == pytest.approx(found[1]["policy_loss"], abs=1e-4)
+    assert abs(found[0]["pretraining_loss"] - found[1]["pretraining_loss"]) > 1e-3
+
+
 def test_grpo_goes_on_to_the_same_bits(config, tmp_path):
     """With every correction on."""
     options = {"aggregate": "constant", "kl_coefficient": 0.04, "clip_high": 0.28}

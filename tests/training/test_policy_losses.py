@@ -12,6 +12,7 @@ import pytest
 
 from gptjax.model.gpt import GPT
 from gptjax.parallel import sharding
+from gptjax.training.losses import language_model_loss
 from gptjax.training.policy_losses import (
     adapted_coefficient,
     all_alike,
@@ -200,16 +201,13 @@ def test_the_whole_loss_is_the_sum_of_its_formulas(tiny):
 
 def test_pretraining_text_is_mixed_in(tiny):
     """InstructGPT's objective: the text's mean negative log-likelihood times its coefficient, whatever the batch."""
-    from gptjax.training.losses import language_model_loss
-
     model = GPT(tiny)
     params = init_params(model, jax.random.key(0))
     batch = rows(tiny, params, model)
     text = np.random.default_rng(1).integers(0, 61, (8, 3, 13)).astype(np.int32)
     plain, _ = policy_loss(model, RlConfig(), clip_high=0.2)(params, batch, None)
-    mixed, sums = policy_loss(model, RlConfig(), clip_high=0.2, pretraining_coefficient=2.5)(
-        params, batch | {"pretraining": text}, None
-    )
+    options = {"text_loss": language_model_loss(model), "text_coefficient": 2.5}
+    mixed, sums = policy_loss(model, RlConfig(), clip_high=0.2, **options)(params, batch | {"pretraining": text}, None)
     _, of_text = language_model_loss(model)(params, {"tokens": text.reshape(24, 13)}, None)
     mean = float(of_text["loss"] / of_text["weight"])
     assert float(mixed - plain) / 8 == pytest.approx(2.5 * mean, rel=1e-4)
@@ -244,7 +242,8 @@ def test_chunks_of_logits_make_no_difference(switched_on, mesh, temperature, chu
     batch = {name: sharding.put_batch(values, lead=0) for name, values in made.items()}
 
     def run(chunk_tokens):
-        options = {"kl_coefficient": 0.1, "pretraining_coefficient": 2.0, "chunk_tokens": chunk_tokens}
+        options = {"kl_coefficient": 0.1, "text_coefficient": 2.0, "chunk_tokens": chunk_tokens}
+        options["text_loss"] = language_model_loss(model, chunk_tokens=chunk_tokens)
         loss = policy_loss(model, RlConfig(temperature=temperature), clip_high=0.28, **options)
         judge = jax.jit(lambda p, b: judge_tokens(model, p, b, temperature, chunk_tokens=chunk_tokens))
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch, None), judge(params, batch)
@@ -269,7 +268,8 @@ def test_no_logits_of_all_tokens_are_made_in_chunks(tiny, equations):
     batch |= {"pretraining": jax.ShapeDtypeStruct((B, X, T + 1), jnp.int32)}
 
     def largest(chunk_tokens, temperature):
-        options = {"kl_coefficient": 0.1, "pretraining_coefficient": 2.0, "chunk_tokens": chunk_tokens}
+        options = {"kl_coefficient": 0.1, "text_coefficient": 2.0, "chunk_tokens": chunk_tokens}
+        options["text_loss"] = language_model_loss(model, chunk_tokens=chunk_tokens)
         loss = policy_loss(model, RlConfig(temperature=temperature), clip_high=0.28, **options)
 
         def judge(params, batch):
