@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from gptjax.model.devices import Device
 from gptjax.parallel import hlo
-from gptjax.parallel.collectives import KINDS
+from gptjax.parallel.collectives import KINDS, result_bytes
 from gptjax.parallel.hlo import Instruction, Program
 
 Class = Literal["products", "attention", "passes", "optimizer", "slices", "collectives"]
@@ -39,8 +39,8 @@ class Kernel(NamedTuple):
     """Read and written in the device's memory, each time; of a collective, what arrives at a device."""
     flops: float
     """Of products, each time."""
-    hidden: float = 0.0
-    """Of a collective, the share of executions in which something runs beside it: 0 or 1."""
+    hidden: bool = False
+    """Of a collective, whether something runs beside it."""
 
 
 class Rates(NamedTuple):
@@ -64,8 +64,8 @@ MEASURED = {"h100": (713e12, 2.88e12)}
 """FLOPs of a product of 8192 x 8192 x 8192 and bytes of a copy, per second (docs/performance.md, "The first GPU")."""
 REACHED = 0.72, 0.86
 """Of an H100's data sheet, what it reaches of the two: taken for devices that nobody has measured."""
-ATTENTION = 0.4
-"""Of the peak of products, what fused attention with heads of 64 to 128 reaches; fitted to an H100's steps."""
+ATTENTION = 0.46
+"""Of the peak of products, what fused attention with heads of 64 reaches; fitted to an H100's steps at two contexts."""
 LAUNCH_SECONDS = 2e-6
 """Fitted to an H100's decoding."""
 
@@ -110,10 +110,9 @@ def _kernels(program: Program, name: str, times: int) -> Iterable[Kernel]:
                 yield from _kernels(program, called, times * instruction.trips)
             continue
         if opcode.removesuffix("-start") in KINDS:
-            size = sum(array.bytes for array in instruction.arrays)
-            size /= 2 if opcode in ("all-gather-start", "collective-permute-start") else 1  # operand and result
             beside = opcode.endswith("-start") and _beside(instructions, place)
-            yield Kernel("collectives", instruction.source or opcode, times, size, 0.0, float(beside))
+            size = result_bytes(instruction)
+            yield Kernel("collectives", instruction.source or opcode, times, size, 0.0, hidden=beside)
             continue
         yield _kernel(program, instruction, types, times)
 
@@ -211,8 +210,11 @@ def seconds(kernel: Kernel, rates: Rates) -> float:
     """Of one execution of a kernel alone."""
     if kernel.kind == "collectives":
         return kernel.bytes / rates.link + rates.launch
-    rate = rates.attention if kernel.kind == "attention" else rates.products
-    return max(kernel.bytes / rates.bytes, kernel.flops / rate) + rates.launch
+    if (
+        kernel.kind == "attention"
+    ):  # its memory and its products hardly overlap: measured at contexts of 1,024 and 16,384
+        return kernel.bytes / rates.bytes + kernel.flops / rates.attention + rates.launch
+    return max(kernel.bytes / rates.bytes, kernel.flops / rates.products) + rates.launch
 
 
 def step_seconds(found: Sequence[Kernel], rates: Rates) -> float:

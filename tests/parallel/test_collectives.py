@@ -147,7 +147,8 @@ HLO = """
 }
 ENTRY %main (x: f32[4]) -> f32[4] {
   %w = (s32[], f32[4]) while(%t), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
-  %g = (bf16[2,3]{1,0}, f32[2]{0}, /*index=2*/f32[2]{0}) all-gather-start(%a), replica_groups=[2,4]<=[8], dimensions={0}
+  %g = ((bf16[2,3]{1,0}, f32[2]{0}), (bf16[8,3]{1,0}, f32[8]{0})) all-gather-start(%a), replica_groups=[2,4]<=[8]
+  %q = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
   %s = f32[3]{0} reduce-scatter(%b), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}, to_apply=%add
   %o = f32[9]{0} all-reduce(%c), replica_groups={{0},{1}}, to_apply=%add
 }
@@ -155,12 +156,13 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 
 def test_hlo_is_read():
-    """Loops count by their trips, tuples whole, a reduce-scatter by what goes in, and groups of one not."""
+    """Loops count by their trips, what starts by its result, a reduce-scatter by what goes in, and groups of one not."""
     found = collectives(HLO)
     assert [(c.kind, c.bytes, c.times) for c in found] == [
         ("all-reduce", 16, 5),
-        ("all-gather", 28, 1),
+        ("all-gather", 80, 1),
+        ("collective-permute", 20, 1),
         ("reduce-scatter", 48, 1),
     ]
     assert found[0].operation == "jit(f)/inner"
-    assert bytes_by_kind(HLO) == {"all-reduce": 80, "all-gather": 28, "reduce-scatter": 48}
+    assert bytes_by_kind(HLO) == {"all-reduce": 80, "all-gather": 80, "collective-permute": 20, "reduce-scatter": 48}
