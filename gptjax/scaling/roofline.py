@@ -20,7 +20,7 @@ from gptjax.parallel.hlo import Instruction, Program
 Class = Literal["products", "attention", "passes", "optimizer", "slices", "collectives"]
 CLASSES: tuple[Class, ...] = ("products", "attention", "passes", "optimizer", "slices", "collectives")
 """Products of matrices; fused attention; the model's passes over memory; those of the optimizer and of the guard;
-slices of the scanned layers' stacked arrays, which run beside others; what devices send each other."""
+slices and copies of arrays that others run beside; what devices send each other."""
 
 NO_KERNEL = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "after-all", "partition-id", "iota"}
 SLICING = ("dynamic-slice", "dynamic-update-slice", "slice")
@@ -79,7 +79,8 @@ def rates_of(device: Device) -> Rates | None:
     if device.name in MEASURED:
         products, moved = MEASURED[device.name]
         source = f"measured on {device.name} (docs/performance.md)"
-    return Rates(products, device.flops * ATTENTION, moved, device.link or math.inf, LAUNCH_SECONDS, source)
+    launch = LAUNCH_SECONDS if device.capability else 0.0  # a TPU's core runs a program as a whole
+    return Rates(products, device.flops * ATTENTION, moved, device.link or math.inf, launch, source)
 
 
 class Row(NamedTuple):
@@ -136,7 +137,7 @@ def _kernel(program: Program, instruction: Instruction, types: dict[str, Instruc
     source = instruction.source or instruction.opcode
     if instruction.opcode == "custom-call" and FUSED_ATTENTION.search(instruction.attributes):
         return Kernel("attention", source, times, moved, _attention_flops(instruction, types))
-    if instruction.opcode == "fusion-start":
+    if instruction.opcode in ("fusion-start", "copy-start"):
         return Kernel("slices", source, times, moved, 0.0)
     if flops:
         return Kernel("products", source, times, moved, flops)
@@ -189,7 +190,7 @@ def _product_flops(instruction: Instruction, types: dict[str, Instruction]) -> f
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
         return out * math.prod(left[int(i)] for i in (contracted[1].split(",") if contracted else ()) if i)
     labels = re.search(r"dim_labels=\w+_(\w+)->", instruction.attributes)
-    return out * math.prod(right) / right[labels[1].index("o")]
+    return out * right[labels[1].index("i")]  # what is spatial to it are batches, each of which meets only its own
 
 
 def _attention_flops(instruction: Instruction, types: dict[str, Instruction]) -> float:
@@ -218,10 +219,11 @@ def seconds(kernel: Kernel, rates: Rates) -> float:
 
 
 def step_seconds(found: Sequence[Kernel], rates: Rates) -> float:
-    """Of one execution of the program: all but what is hidden behind other kernels."""
-    return sum(
-        kernel.times * seconds(kernel, rates) for kernel in found if not kernel.hidden and kernel.kind != "slices"
-    )
+    """Of one execution of the program: of all kernels but those that are hidden behind others, and no less than moving
+    all bytes takes."""
+    one_by_one = [kernel for kernel in found if not kernel.hidden and kernel.kind != "slices"]
+    moved = sum(kernel.times * kernel.bytes for kernel in found if kernel.kind != "collectives")
+    return max(sum(kernel.times * seconds(kernel, rates) for kernel in one_by_one), moved / rates.bytes)
 
 
 def by_class(found: Sequence[Kernel], rates: Rates) -> list[Row]:

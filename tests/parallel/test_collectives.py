@@ -156,7 +156,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 
 def test_hlo_is_read():
-    """Loops count by their trips, starts by their result, a reduce-scatter by what goes in, groups of one not at all."""
+    """Loops count by their trips, starts by their result, reduce-scatters by what goes in, groups of one not at all."""
     found = collectives(HLO)
     assert [(c.kind, c.bytes, c.times) for c in found] == [
         ("all-reduce", 16, 5),
