@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from gptjax import cli
 from gptjax.data.loader import RowStream
-from gptjax.stages import pretrain
+from gptjax.stages import callbacks
 from gptjax.stages import train as stages
 from gptjax.training.losses import language_model_loss
 from gptjax.training.step import make_train_step
@@ -53,7 +53,7 @@ def scaled_rows(first: int, last: int, factor: float) -> Iterator[None]:
 
         return with_factor
 
-    with mock.patch.object(RowStream, "take", marked), mock.patch.object(pretrain, "language_model_loss", scaled):
+    with mock.patch.object(RowStream, "take", marked), mock.patch.object(callbacks, "language_model_loss", scaled):
         yield
 
 

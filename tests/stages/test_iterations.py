@@ -132,7 +132,7 @@ def test_an_iteration_is_a_dispatch(stage_config):
 def test_half_an_iteration_is_refused(stage_config, position, rows):
     """Its answers would be drawn anew with the same keys, and its first rows learned from twice."""
     config = stage_config("grpo", "x", rl={"answers": 32})
-    data = Data(None, "", "", 1, Prompts(None, ["only"], [], 1))
+    data = Data(None, "", "", 1, None, Prompts(None, ["only"], [], 1))
     stream = AnswerStream(config, data, None, None, None, position)
     with pytest.raises(UserError, match=f"{rows} rows after the first {position} are no iteration of 32; give the run"):
         stream.take(rows, None)
