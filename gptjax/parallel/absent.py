@@ -80,31 +80,32 @@ def devices(device: Device, count: int) -> list[jax.Device]:
     """So many devices of a kind, for `make_mesh`. Programs can be compiled for them, and not run.
 
     Raises:
-        UserError: as `why_not`; or so many chips form no topology.
+        UserError: as `why_not`; or so many chips form no topology, or JAX is too old to know them.
     """
     if reason := why_not(device):
         raise UserError(reason)
     if device.name in CARDS:
         hosts, rest = divmod(count, GPUS_OF_A_HOST)
-        if hosts > 1 and rest:
+        if hosts and rest:
             raise UserError(
                 f"--count {count} is no whole number of hosts with {GPUS_OF_A_HOST} GPUs; "
                 f"{hosts * GPUS_OF_A_HOST} works"
             )
-        topology = f"1x{hosts}x{GPUS_OF_A_HOST}" if hosts and not rest else f"1x1x{count}"
-        found = topologies.get_topology_desc(platform="cuda", target_config=_target(device), topology=topology)
-        return list(found.devices)
-    name, dimensions = TPUS[device.name]
-    shape = _torus(count, dimensions)
+        shape = f"1x{hosts}x{GPUS_OF_A_HOST}" if hosts else f"1x1x{count}"
+        named = {"platform": "cuda", "topology": shape, "target_config": _target(device)}
+    else:
+        name, dimensions = TPUS[device.name]
+        shape = "x".join(map(str, _torus(count, dimensions)))
+        named = {"platform": "tpu", "topology_name": f"{name}:{shape}"}
     try:
         with _silent():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{'x'.join(map(str, shape))}")
-    except Exception as error:  # the compiler's own, of many kinds
+            found = list(topologies.get_topology_desc(**named).devices)
+    except Exception as error:  # the compiler's own, of many kinds, and those of a JAX that knows no such devices
         line = " ".join(str(error).split())
-        raise UserError(f"--count {count}: {device.name} has no such topology, says its compiler: {line}") from error
-    if len(found.devices) != count:
-        raise UserError(f"--count {count}: {device.name} has {len(found.devices)} devices in a topology of {shape}")
-    return list(found.devices)
+        raise UserError(f"JAX {jax.__version__} has no {count} × {device.name}, arranged {shape}: {line}") from error
+    if len(found) != count:
+        raise UserError(f"--count {count}: {device.name} has {len(found)} devices where chips are arranged {shape}")
+    return found
 
 
 @contextlib.contextmanager

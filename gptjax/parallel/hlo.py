@@ -59,12 +59,6 @@ class Instruction(NamedTuple):
         """The computations that it runs: a fusion's, a loop's body, a branch."""
         return tuple(_CALLED.findall(self.attributes))
 
-    @property
-    def trips(self) -> int:
-        """How often a loop runs its body; 1 where XLA does not say."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else 1
-
 
 class Program(NamedTuple):
     """All computations of a module, each in the order in which it runs where the module is scheduled."""
@@ -72,13 +66,28 @@ class Program(NamedTuple):
     computations: dict[str, list[Instruction]]
     entry: str
 
+    def trips(self, instruction: Instruction) -> int:
+        """How often an instruction runs what it calls.
+
+        Of a loop its text tells (GPUs, CPUs) or its condition, a comparison with a constant (TPUs); else it is once.
+        """
+        if found := _TRIPS.search(instruction.attributes):
+            return int(found[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", instruction.attributes)
+        if instruction.opcode != "while" or condition is None:
+            return 1
+        within = [*inside(self, condition[1])]
+        bounds = [int(i.arguments) for i in within if i.opcode == "constant" and i.arguments.isdecimal()]
+        below = any(i.opcode == "compare" and "direction=LT" in i.attributes for i in within)
+        return bounds[0] if below and len(bounds) == 1 else 1
+
     def executions(self) -> dict[str, int]:
         """How often each computation that is called runs: the product of the trip counts of the loops it is in."""
         callers: dict[str, tuple[str, int]] = {}
         for name, instructions in self.computations.items():
             for instruction in instructions:
                 for called in instruction.called:
-                    callers[called] = (name, instruction.trips)
+                    callers[called] = (name, self.trips(instruction))
 
         @functools.cache
         def count(name: str) -> int:

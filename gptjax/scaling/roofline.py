@@ -108,7 +108,7 @@ def _kernels(program: Program, name: str, times: int) -> Iterable[Kernel]:
             continue
         if opcode in ("while", "call", "conditional", "async-start"):
             for called in instruction.called[:1] if opcode == "conditional" else instruction.called:
-                yield from _kernels(program, called, times * instruction.trips)
+                yield from _kernels(program, called, times * program.trips(instruction))
             continue
         if opcode.removesuffix("-start") in KINDS:
             beside = opcode.endswith("-start") and _beside(instructions, place)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from gptjax.commands.plan import main
 from gptjax.errors import UserError
 from gptjax.model.devices import DEVICES, named
 from gptjax.parallel import absent
@@ -33,6 +34,13 @@ def test_a_compiler_that_is_missing_is_named_and_a_stand_in_says_so():
     assert (found["compiler"], found["fits"]) == ("cpu", None)
     assert found["why_cpu"].endswith("not of tpu-v4")
     assert found["memory_gb"] > 0
+
+
+def test_what_cannot_be_compiled_for_is_refused():
+    with pytest.raises(UserError, match=r"--hlo step\.hlo is for the compiled program: add --compile"):
+        main(["--hlo", "step.hlo"])
+    with pytest.raises(UserError, match="--compile knows the step that trains all weights on text, not stage grpo"):
+        main(["--stage", "grpo", "--compile", "--rl.reward", "exact"])
 
 
 def test_chips_are_arranged_as_evenly_as_they_can_be():

@@ -133,6 +133,31 @@ def test_every_device_with_a_data_sheet_has_rates():
     assert "data sheet" in rates_of(named("b200")).source
 
 
+LOOP = """HloModule m
+
+%cond (t: (s32[], f32[4])) -> pred[] {
+  %t = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  %bound = s32[]{:T(128)} constant(6)
+  %number = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %below = pred[]{:T(512)} compare(%number, %bound), direction=LT
+}
+
+%body (t: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %x = f32[8,4]{1,0} get-tuple-element(%t), index=1
+  %y = f32[4,2]{1,0} get-tuple-element(%t), index=2
+  %z = f32[8,2]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]{0}) while(%a), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_loop_of_a_tpu_says_its_trips_in_its_condition():
+    assert flops(LOOP) == 6 * 2 * 8 * 4 * 2
+
+
 def test_types_are_read_with_their_layouts():
     found = hlo.arrays("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[4]{0}, s4[8]{0}, f32[])")
     assert [array.bytes for array in found] == [12, 4, 4, 4]
