@@ -1,5 +1,6 @@
 """Accelerators: what their data sheets say of speed and memory. Only the standard library is imported."""
 
+import difflib
 from typing import NamedTuple
 
 from gptjax.errors import UserError
@@ -59,7 +60,10 @@ def named(name: str) -> Device:
     for device in DEVICES:
         if name.lower() == device.name:
             return device
+    names = [device.name for device in DEVICES]
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise UserError(
-        f"no device {name} is known, but {', '.join(device.name for device in DEVICES)}; describe another with "
-        "--peak-tflops, --memory-gb and --bandwidth (in GB/s)"
+        f"no device {name} is known{hint} There are {', '.join(names)}; describe another with --peak-tflops, --memory-gb "
+        "and --bandwidth (in GB/s)"
     )
