@@ -64,6 +64,6 @@ def named(name: str) -> Device:
     near = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise UserError(
-        f"no device {name} is known{hint} There are {', '.join(names)}; describe another with --peak-tflops, --memory-gb "
-        "and --bandwidth (in GB/s)"
+        f"no device {name} is known{hint} There are {', '.join(names)}; describe another with --peak-tflops, "
+        "--memory-gb and --bandwidth (in GB/s)"
     )
