@@ -104,6 +104,15 @@ def test_a_full_disk_anywhere_is_one_line(run_on):
     assert run_on(io.BytesIO(), breaks) == (2, "error: cannot write a file: No space left on device\n")
 
 
+@pytest.fixture
+def interruptible():
+    """As at a terminal: a job in the background ignores SIGINT, and so do the tests that it runs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     ("number", "status", "line"), [(signal.SIGINT, 130, "interrupted\n"), (signal.SIGTERM, 75, "terminated\n")]
 )
