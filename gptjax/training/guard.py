@@ -14,6 +14,10 @@ NORM_FACTOR = 5
 """Six deviations of the gradient norm alone skipped 2 of the quickstart's 1,200 steps, at 1.5 times the mean, and twice
 the mean 2 of 400 of a small model's: the promise is fewer than one in 1,000."""
 
+LEAST_LEAP = 0.1
+"""Nats by which a loss must leap to be skipped. Where examples are seen many times the loss is nearly 0, and so is its
+deviation: a batch with one example that is not learned yet would be skipped in every epoch, and never learned."""
+
 
 class Guard(NamedTuple):
     """What the next step is judged by."""
@@ -45,7 +49,8 @@ def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_sigmas: flo
 
     It does if both numbers are finite and neither is more than `spike_sigmas` standard deviations above its mean over
     the last 128 steps that counted (OLMo 2, Walsh et al. 2025, skips by the same rule). A gradient norm must also be
-    five times its mean to be skipped: its tail is long, and clipping takes care of what is less.
+    five times its mean to be skipped: its tail is long, and clipping takes care of what is less. A loss must be a tenth
+    of a nat above its mean.
     What was skipped is not taken for usual: else a few leaps would be enough to let the rest of them pass.
 
     Args:
@@ -62,8 +67,9 @@ def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_sigmas: flo
 
     counts = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if spike_sigmas:
+        loss_limit = jnp.maximum(limit(guard.losses_W), guard.losses_W.mean() + LEAST_LEAP)
         norm_limit = jnp.maximum(limit(guard.grad_norms_W), NORM_FACTOR * guard.grad_norms_W.mean())
-        counts &= (guard.seen < WINDOW) | ((loss <= limit(guard.losses_W)) & (grad_norm <= norm_limit))
+        counts &= (guard.seen < WINDOW) | ((loss <= loss_limit) & (grad_norm <= norm_limit))
     return counts, Guard(
         remember(guard.losses_W, loss),
         remember(guard.grad_norms_W, grad_norm),

@@ -47,6 +47,18 @@ def test_the_limit_is_mean_plus_six_deviations(usual, offset):
     assert bool(counts) == (value <= limit) or abs(offset) < 1e-4
 
 
+def test_what_is_not_learned_yet_is_learned_where_the_rest_is_known_by_heart():
+    """Epochs of small data: of 32 rows one still has a loss of 2.5, the others have almost none."""
+    losses = np.abs(0.02 + 0.01 * DRAW.standard_normal(WINDOW))
+    guard, _ = after(losses)
+    value = (31 * 0.02 + 2.5) / 32
+    assert value > losses.mean() + 6 * losses.std(), "by deviations alone it would be skipped"
+    counts, _ = judge(guard, jnp.float32(value), jnp.float32(1.0), spike_sigmas=6.0)
+    assert counts
+    counts, _ = judge(guard, jnp.float32(losses.mean() + 0.11), jnp.float32(1.0), spike_sigmas=6.0)
+    assert not counts
+
+
 @pytest.mark.parametrize("bad", [(np.nan, 1.0), (3.0, np.nan), (np.inf, 1.0), (3.0, np.inf), (-np.inf, 1.0)])
 @pytest.mark.parametrize("spike_sigmas", [0.0, 6.0])
 @pytest.mark.parametrize("seen", ["nothing", "much"])
