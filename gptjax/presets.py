@@ -21,6 +21,7 @@ from gptjax.config import (
     TrainingConfig,
 )
 from gptjax.errors import UserError
+from gptjax.scaling.laws import STEP_LAW
 
 WEB_TEXT = DataConfig(
     path=(),
@@ -291,7 +292,7 @@ def modern_of_shape(shape: Shape, optimizer: Literal["adamw", "muon"] = "adamw")
     D, F = model.model_dim, model.resolved_ffn_dim
     matrices = model.num_layers * (4 * D * D + 3 * D * F)
     tokens = TOKENS_PER_PARAMETER * (matrices + D * tokenizer.vocab_size)
-    batch_size = _nearest_power_of_two(0.573 * tokens**0.571 / MODERN_CONTEXT)
+    batch_size = _nearest_power_of_two(STEP_LAW.batch_tokens(matrices, tokens) / MODERN_CONTEXT)
     steps = math.ceil(tokens / (batch_size * MODERN_CONTEXT))
     return Config(
         model=model,
@@ -299,7 +300,7 @@ def modern_of_shape(shape: Shape, optimizer: Literal["adamw", "muon"] = "adamw")
         data=MODERN_TEXT,
         optimizer=OptimizerConfig(
             kind=optimizer,
-            peak_learning_rate=float(f"{1.78 * matrices**-0.712 * tokens**0.307:.2g}"),
+            peak_learning_rate=float(f"{STEP_LAW.learning_rate(matrices, tokens):.2g}"),
             schedule="wsd",
             warmup_steps=steps // 50,
             final_learning_rate_fraction=0.0,

@@ -12,6 +12,7 @@ from gptjax.errors import UserError
 from gptjax.model.accounting import parameter_counts
 from gptjax.sampling.config import SamplingConfig
 from gptjax.sampling.generate import generate
+from gptjax.scaling.laws import STEP_LAW
 from gptjax.stages.train import train
 from gptjax.training.load import load_run
 from gptjax.training.metrics import read_metrics
@@ -332,3 +333,15 @@ def test_a_recipe_without_text_asks_for_it(tmp_path):
     with pytest.raises(UserError, match=r"--data\.path shakespeare\.txt"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("modern_")])
+def test_modern_models_follow_the_law_that_is_cited(name):
+    """Rate and batch are those of the published law, of which there is one copy."""
+    config = CONFIGS[name]
+    model, training = config.model, config.training
+    matrices = model.num_layers * (4 * model.model_dim**2 + 3 * model.model_dim * model.resolved_ffn_dim)
+    tokens = training.steps * training.batch_size * model.context_length
+    assert config.optimizer.peak_learning_rate == float(f"{STEP_LAW.learning_rate(matrices, tokens):.2g}")
+    batch = training.batch_size * model.context_length
+    assert 0.7 <= batch / STEP_LAW.batch_tokens(matrices, tokens) <= 1.42
