@@ -13,9 +13,9 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def at(place: str, remedy: str = "") -> Iterator[None]:
-    """Puts a place before what is said to be wrong, and a way out behind it."""
+def at(place: str) -> Iterator[None]:
+    """Put a place before the message of a `UserError` raised in the block."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{place}: {error}{remedy}") from None
+        raise UserError(f"{place}: {error}") from None

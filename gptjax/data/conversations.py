@@ -97,12 +97,12 @@ def _sources(data: DataConfig, skipped: Counter[str]) -> Iterator[Iterator[Recor
 def split_items(items: Sequence[Item], data: DataConfig, notes: Counter[str]) -> tuple[list[Item], list[Item]]:
     """Those to train on and those held out: by hash, or the last.
 
-    What begins with the same question stays on one side: its answers are alike or even the same, and longer
-    conversations hold shorter ones. Where that leaves a side empty, as under one history for all, the first two
-    questions must be the same, or three.
+    Examples with the same first question stay on one side, because their answers may be the same. If that leaves one
+    side empty (all examples may begin with the same history), examples stay together only if their first two questions
+    are the same, and so on.
 
     Args:
-        notes: counts the examples that begin alike on both sides all the same.
+        notes: counts the examples whose first question is on both sides.
 
     Raises:
         UserError: nothing is left on one side.

@@ -12,7 +12,7 @@ from gptjax.plain_files import named
 
 LOCK, PARTIAL = ".lock", ".partial"
 NO_CONTENT = {LOCK, PARTIAL, "lost+found"}
-"""What an empty folder may hold: ours, and what file systems put into the root of a disk."""
+"""Names that do not make a folder count as full: our own helpers, and the folder that ext4 puts on every disk."""
 
 
 def is_empty(folder: Path) -> bool:

@@ -12,10 +12,12 @@
 Beside each of these, `system` (or `system_prompt`) is the system message, and `history` is earlier turns, as pairs or
 as messages. An assistant's message with `weight` 0 or `train` false is context, and is not learned.
 
-Ranked answers have, beside a prompt in one of these forms, `chosen` and `rejected`, or `answers` with the best first,
-or `answers` with a number each in `scores`. Where chosen and rejected are whole conversations, or texts that
-begin alike (hh-rlhf), what they share is the prompt. A task is a prompt and, where there is one, the right answer: that
-of the form, or `ground_truth`, `solution`, or `reward_model` with a `ground_truth`. A null field is absent.
+Ranked answers have a prompt in one of these forms, and `chosen` and `rejected`, or `answers` from best to worst, or
+`answers` with one number each in `scores`. If there is no prompt field, the prompt is read from the answers: the turns
+that two whole conversations share, or the lines that two texts share at their beginning (hh-rlhf).
+
+A task is a prompt and, if there is one, its right answer: that of the form, or `ground_truth`, `solution`, or
+`ground_truth` inside `reward_model`. A field that is null counts as absent.
 """
 
 import itertools
@@ -40,7 +42,7 @@ _SPEAKER = re.compile(r"\s*^(Human|Assistant):[ \n]?", re.MULTILINE)
 
 
 class Conversation(NamedTuple):
-    """What was said, to the end of an answer."""
+    """Messages that end with an assistant's answer."""
 
     messages: tuple[Message, ...]
     origin: str

@@ -131,8 +131,8 @@ def _beside(instructions: Sequence[Instruction], start: int) -> bool:
 
 def _kernel(program: Program, instruction: Instruction, types: dict[str, Instruction], times: int) -> Kernel:
     within = [inner for called in instruction.called for inner in hlo.inside(program, called)]
-    flops = sum(_product_flops(inner, {i.name: i for i in within}) for inner in within)
-    flops += _product_flops(instruction, types)
+    inside_types = {inner.name: inner for inner in within}
+    flops = sum(_product_flops(inner, inside_types) for inner in within) + _product_flops(instruction, types)
     moved = _moved(program, instruction, types)
     source = instruction.source or instruction.opcode
     if instruction.opcode == "custom-call" and FUSED_ATTENTION.search(instruction.attributes):
